@@ -1,0 +1,368 @@
+"""The values that cross a process: frozen, torch-free, picklable. Know no behaviour.
+
+A request's life in types: `Request` (front → decode), `Placement` (scheduler → front),
+`KvTicket` (decode → prefill), `KvParcel` (prefill → decode), `PrefillDone` (prefill → decode),
+`Emission` and `Failure` (worker → front). A worker's: `WorkerInfo` once, then `Report`s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, NewType, TypeAlias
+
+from diptych.errors import ServingError
+
+RequestId = NewType("RequestId", str)
+WorkerId = NewType("WorkerId", str)
+FrontId = NewType("FrontId", str)
+TransferId = NewType("TransferId", str)
+BlockId = NewType("BlockId", int)
+BlockHash = NewType("BlockHash", bytes)
+"""The name of a KV block's content (diptych.hashing), 32 bytes: equal names mean equal bits."""
+
+Role: TypeAlias = Literal["prefill", "decode", "mixed"]
+How: TypeAlias = Literal["remote", "local", "mixed"]
+"""remote: prefill and decode apart · local: the decode worker computed the prompt too ·
+mixed: one worker of the mixed pool did both."""
+Finish: TypeAlias = Literal["stop", "length"]
+ModelDtype: TypeAlias = Literal["bf16", "fp32"]
+LinkKind: TypeAlias = Literal["loopback", "gloo", "nccl"]
+Verify: TypeAlias = Literal["off", "sample", "all"]
+
+
+# ---- what a client asked for -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. Fronts validate; the engine trusts.
+
+    The noise of a token is a pure function of (seed, choice, position): `seed` is always set,
+    drawn once at the front when the client sent none.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is no limit."""
+    seed: int = 0
+    """0 ≤ seed < 2**64."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer and are not part of it; the front adds the model's own."""
+    fingerprint: bool = False
+    """Each token carries a SHA-256 over the bits of the logits it came from."""
+    forced: tuple[int, ...] = ()
+    """Teacher forcing, for evaluation: these tokens are emitted in turn whatever the logits say,
+    and each emission carries the token the logits would have chosen greedily."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One answer to compute: a tokenised prompt, its block names and how to sample."""
+
+    id: RequestId
+    front: FrontId
+    tokens: tuple[int, ...]
+    granules: tuple[BlockHash, ...]
+    """Names of the prompt's full 16-token granules; `root` is the name the chain starts from."""
+    root: BlockHash
+    params: SamplingParams
+    choice: int = 0
+    arrived: float = 0.0
+    """Unix seconds at the front."""
+
+
+class CostTerm(NamedTuple):
+    """One named part of a candidate's cost, in the scheduler's unit (tokens of prefill work)."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way the request could have been served."""
+
+    prefill: WorkerId | None
+    decode: WorkerId
+    how: How
+    terms: tuple[CostTerm, ...]
+
+    @property
+    def cost(self) -> float:
+        """The sum of the terms."""
+        return sum(term.value for term in self.terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a request runs. A statement, not a reservation: it holds no block."""
+
+    decode: WorkerId
+    prefill: WorkerId | None
+    """None when the decode worker computes the prompt itself."""
+    how: How
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+# ---- what a client gets back -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """How an answer was made: the `diptych` extension of usage objects and final messages."""
+
+    how: How
+    prefill_worker: str
+    decode_worker: str
+    prompt_tokens_computed: int
+    cached_tokens: int
+    kv_blocks_sent: int = 0
+    kv_bytes_sent: int = 0
+
+
+class Emission(NamedTuple):
+    """One token on its way to a front. Fenced by (request, attempt, choice, index)."""
+
+    request: RequestId
+    attempt: int
+    choice: int
+    index: int
+    """0 for the first generated token."""
+    token: int
+    """When `finish` is "stop" this is the stop token, which is not part of the answer."""
+    finish: Finish | None = None
+    served: Served | None = None
+    """Set with `finish`."""
+    fingerprint: bytes | None = None
+    argmax: int | None = None
+
+
+class Failure(NamedTuple):
+    """A request that ended without its last token."""
+
+    request: RequestId
+    attempt: int
+    error: ServingError
+
+
+Outgoing: TypeAlias = Emission | Failure
+
+
+# ---- the hand-off ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """The shape of one block, block outermost: [layers, 2, kv_heads, block_size, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: ModelDtype
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """[layers, 2 (keys, values), kv_heads, block_size, head_dim]."""
+        return (self.layers, 2, self.kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        width = 4 if self.dtype == "fp32" else 2
+        return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairAddress:
+    """Where the sender meets the receiver to build their two-rank process group."""
+
+    host: str
+    port: int
+    key: str
+    """Unique per (sender, receiver, both their epochs)."""
+    epoch: int
+    """Counts rebuilds of this pair; tickets of an older epoch are dead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTicket:
+    """A promise of room: where on the decode side a request's KV must land.
+
+    `blocks[i]` receives the request's block `first + i`; the first `first` blocks are already
+    there, cached from an earlier request, and are not sent. `generations[i]` is the block's
+    generation when it was granted: a block that moved on refuses the landing.
+    """
+
+    transfer: TransferId
+    request: RequestId
+    attempt: int
+    decode: WorkerId
+    first: int
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+    lease_seconds: float
+    link: LinkKind
+    address: PairAddress | None
+    """None for a link that needs no meeting point (loopback)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvParcel:
+    """The sender's word that one packed buffer is on its way: receive `nbytes`, then unpack."""
+
+    transfer: TransferId
+    epoch: int
+    sequence: int
+    """Order on the pair: NCCL ignores tags, so order is the only match."""
+    first: int
+    """Offset into the ticket's `blocks`."""
+    count: int
+    nbytes: int
+    checksum: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillOrder:
+    """What decode asks of prefill: the prompt's KV and the first token."""
+
+    request: Request
+    attempt: int
+    decode: WorkerId
+    cached_blocks: int
+    """Leading blocks that decode already holds: a hint, the ticket's `first` decides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillDone:
+    """Prefill's last word on an order: the first token is out, `parcels` parcels carry the KV."""
+
+    request: RequestId
+    attempt: int
+    first_token: int
+    finished: bool
+    """The answer ended at its first token: nothing more will be sent."""
+    computed_tokens: int
+    cached_tokens: int
+    blocks_sent: int
+    bytes_sent: int
+    parcels: int
+
+
+# ---- what workers say of themselves ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """Said once, when a worker joins. A mismatch in build, model or layout is refused."""
+
+    id: WorkerId
+    role: Role
+    epoch: int
+    build: str
+    model_digest: str
+    layout: KvLayout
+    blocks: int
+    max_context: int
+    """Longest prompt plus answer, in tokens, that this worker can ever hold."""
+    device: str
+    host: str
+    pid: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A worker's state at one moment."""
+
+    waiting_requests: int = 0
+    waiting_tokens: int = 0
+    """Prompt tokens queued here and not yet computed."""
+    running_requests: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    """Not in use, content kept for reuse: can be taken like free ones."""
+    blocks_held: int = 0
+    """In use by running requests."""
+    blocks_granted: int = 0
+    """Promised to hand-offs under way (decode side)."""
+    blocks_lent: int = 0
+    """Held until a hand-off ends (prefill side)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """Totals since the worker started; only ever grow."""
+
+    steps: int = 0
+    decode_steps: int = 0
+    decode_rows: int = 0
+    """Sum over decode steps of sequences decoded: occupancy is decode_rows / decode_steps."""
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    tokens_emitted: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    preemptions: int = 0
+    blocks_sent: int = 0
+    bytes_sent: int = 0
+    blocks_received: int = 0
+    bytes_received: int = 0
+    transfers_committed: int = 0
+    transfers_failed: int = 0
+    leaked_blocks: int = 0
+    engine_cpu_seconds: float = 0.0
+
+
+class Stored(NamedTuple):
+    """These blocks' content is now here, in chain order."""
+
+    hashes: tuple[BlockHash, ...]
+
+
+class Evicted(NamedTuple):
+    """These blocks' content is gone."""
+
+    hashes: tuple[BlockHash, ...]
+
+
+class Cleared(NamedTuple):
+    """All cached content is gone."""
+
+
+KvEvent: TypeAlias = Stored | Evicted | Cleared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A worker's load and what changed in its cache since its last report.
+
+    `number` counts reports within an epoch from 0. When `full`, `events` is one `Stored` of all
+    that is cached, and replaces whatever was believed before.
+    """
+
+    worker: WorkerId
+    epoch: int
+    number: int
+    load: Load
+    counters: Counters
+    events: tuple[KvEvent, ...] = ()
+    full: bool = False
+
+
+# ---- the model, as every process knows it --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model resolved to local files: what `model.name` meant on this machine."""
+
+    name: str
+    path: str
+    """A .gguf file, a folder, or `random:<shape>`."""
+    digest: str
+    """SHA-256 of the content, hexadecimal."""
