@@ -366,3 +366,29 @@ class ModelSource:
     """A .gguf file, a folder, or `random:<shape>`."""
     digest: str
     """SHA-256 of the content, hexadecimal."""
+
+
+# ---- the cluster, as the scheduler sees it ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker in the scheduler's view."""
+
+    info: WorkerInfo
+    load: Load
+    counters: Counters
+    alive: bool
+    report_age_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """What `diptych status`, `/metrics` and readiness are made of."""
+
+    model: str
+    build: str
+    workers: tuple[WorkerStatus, ...]
+    requests_placed: int
+    index_blocks: int
+    """Distinct block names in the prefix index."""

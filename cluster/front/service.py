@@ -1,0 +1,85 @@
+"""What the two protocols (HTTP, gRPC) ask of the front: the seam between wire and dispatch.
+
+Knows neither protocol, nor Ray, nor how a request is placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from diptych.types import ClusterStatus, Finish, RequestId, SamplingParams, Served
+
+if TYPE_CHECKING:
+    from cluster.front.tokenizer import TextModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    served: Served
+
+
+class Delta(NamedTuple):
+    """The next piece of one answer. The last one carries `finish` and `usage`."""
+
+    text: str
+    """May be empty while half a character or a possible stop string is held back."""
+    tokens: tuple[int, ...]
+    fingerprints: tuple[bytes, ...] = ()
+    """One per token, when asked for."""
+    argmax: tuple[int, ...] = ()
+    """One per token, under teacher forcing."""
+    finish: Finish | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One answer wanted: tokens in, sampling, and where the text has to end."""
+
+    id: RequestId
+    tokens: tuple[int, ...]
+    params: SamplingParams
+    stop: tuple[str, ...] = ()
+    choice: int = 0
+
+
+class Service(Protocol):
+    """Implemented by `cluster.front.dispatcher.Dispatcher`."""
+
+    @property
+    def model_name(self) -> str:
+        """The one model served here."""
+        ...
+
+    @property
+    def text(self) -> TextModel:
+        """Its tokenizer and chat template."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Prompt plus answer, in tokens, that the smallest worker can hold."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request sent now would be placed."""
+        ...
+
+    def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
+        """The answer, piece by piece. Closing the generator cancels the request everywhere.
+
+        Raises `diptych.errors.ServingError` subclasses, before or between deltas. The front
+        adds the model's own stop tokens unless the caller already decided (`ignore_eos`).
+        """
+        ...
+
+    async def status(self) -> ClusterStatus:
+        """The scheduler's view, at most a second old."""
+        ...
