@@ -15,12 +15,14 @@ What several owners share is held if a sequence is among them, else granted, els
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from diptych.types import BlockHash, BlockId, Evicted, KvEvent, Stored
 from workers.engine.eviction import EvictionOrder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Kind: TypeAlias = Literal["sequence", "ticket", "lease"]
 _KINDS: tuple[Kind, ...] = ("sequence", "ticket", "lease")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from diptych.types import BlockId
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diptych.types import BlockId
 
 
 class EvictionOrder:
