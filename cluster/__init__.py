@@ -1,0 +1,1 @@
+"""The control plane: decides where a request runs. Never loads torch."""

@@ -1,0 +1,237 @@
+"""Every key there is, its type, its default and its limits. Knows no file and no environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from cluster.config.values import Address, parse_address, parse_size
+from diptych.hashing import granules_per_block
+from diptych.types import ModelDtype, Verify
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+
+def _bytes_or_auto(value: object) -> object:
+    size = parse_size(value) if isinstance(value, str) and value != "auto" else value
+    if isinstance(size, int) and size <= 0:
+        raise ValueError("should be more than 0 bytes")
+    return size
+
+
+def _not_bool(value: object) -> object:
+    """TOML's true is a slip of the pen here; pydantic would take it for 1."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+def _address(text: str) -> str:
+    return str(parse_address(text))
+
+
+def _block_size(tokens: int) -> int:
+    granules_per_block(tokens)
+    return tokens
+
+
+def _honoured(what: str, reason: str, *refused: str) -> AfterValidator:
+    """Refuses values that the contract names and this version can't keep yet."""
+
+    def check(value: str) -> str:
+        if value in refused:
+            raise ValueError(f"is not in this version: {reason}; {what} works")
+        return value
+
+    return AfterValidator(check)
+
+
+Count: TypeAlias = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+Positive: TypeAlias = Annotated[int, BeforeValidator(_not_bool), Field(gt=0)]
+HostPort: TypeAlias = Annotated[str, AfterValidator(_address)]
+Memory: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_bytes_or_auto), BeforeValidator(_not_bool)]
+
+
+class Section(BaseModel):
+    """A table of diptych.toml: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Which model, and in which numbers."""
+
+    name: Annotated[str, Field(min_length=1)] = "smollm2-135m-instruct"
+    """A known name, a .gguf file, a folder with safetensors, a Hugging Face id or random:SHAPE."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto is bf16; fp32 is batch-invariant: the same bits however a request is served."""
+
+    @property
+    def served_dtype(self) -> ModelDtype:
+        """`dtype` with `auto` decided."""
+        return "fp32" if self.dtype == "fp32" else "bf16"
+
+
+class Pool(Section):
+    """One pool of workers."""
+
+    workers: Count = 1
+    """How many workers it starts with."""
+
+
+class Pools(Section):
+    """How many workers of which role."""
+
+    prefill: Pool = Pool()
+    decode: Pool = Pool()
+    mixed: Pool = Pool(workers=0)
+
+    @model_validator(mode="after")
+    def _can_serve(self) -> Pools:
+        prefill, decode, mixed = self.prefill.workers, self.decode.workers, self.mixed.workers
+        if mixed or (prefill and decode):
+            return self
+        raise ValueError(
+            f"{prefill} prefill, {decode} decode and {mixed} mixed workers can't answer a request: "
+            "have at least 1 prefill and 1 decode worker, or 1 mixed"
+        )
+
+
+class Front(Section):
+    """Where clients reach the cluster."""
+
+    http: HostPort = "127.0.0.1:8000"
+    """HOST:PORT of the OpenAI API; port 0 takes a free one."""
+    grpc: HostPort = "127.0.0.1:50051"
+    """HOST:PORT of diptych.v1; port 0 takes a free one."""
+
+    @property
+    def http_address(self) -> Address:
+        """`http`, taken apart."""
+        return parse_address(self.http)
+
+    @property
+    def grpc_address(self) -> Address:
+        """`grpc`, taken apart."""
+        return parse_address(self.grpc)
+
+
+class Kv(Section):
+    """The KV cache and how it crosses from prefill to decode."""
+
+    block_size: Annotated[Positive, AfterValidator(_block_size)] = 16
+    """Tokens per block, a multiple of 16."""
+    memory: Memory = "auto"
+    """Of each worker's cache: auto, bytes, or a size like 512MiB."""
+    link: Annotated[
+        Literal["auto", "loopback", "mapped", "gloo", "nccl"],
+        _honoured("auto, gloo or nccl", "workers can't map a peer's memory yet", "mapped"),
+        _honoured("auto, gloo or nccl", "it needs both roles in one process, and each worker has its own", "loopback"),
+    ] = "auto"
+    """auto is nccl between CUDA workers and gloo between others."""
+    wire: Annotated[
+        Literal["native", "int8", "fp8_e4m3"],
+        _honoured("native", "blocks cross in the cache's own numbers", "int8", "fp8_e4m3"),
+    ] = "native"
+    """Number format of blocks on their way."""
+    verify: Verify = "sample"
+    """Which transferred buffers carry a checksum."""
+    lease_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 10.0
+    """A hand-off that takes longer is given up and its blocks return."""
+
+
+class PlacementSection(Section):
+    """Where a request runs."""
+
+    how: Literal["auto", "remote", "local"] = "auto"
+    """remote: always hand over from prefill; local: decode computes every prompt itself."""
+
+
+class Engine(Section):
+    """What one worker takes on at a time."""
+
+    max_batch_tokens: Positive = 512
+    """Tokens computed in one step."""
+    max_running: Positive = 64
+    """Sequences in one worker."""
+    threads: Count = 0
+    """CPU threads of each worker's engine; 0 shares the cores out."""
+
+
+class Log(Section):
+    """What is written to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important message that is written."""
+
+
+class Config(Section):
+    """Everything that can be set."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+    model: Model = Model()
+    pools: Pools = Pools()
+    front: Front = Front()
+    kv: Kv = Kv()
+    placement: PlacementSection = PlacementSection()
+    engine: Engine = Engine()
+    log: Log = Log()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict[str, str])
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        pools = self.pools
+        if self.placement.how == "remote" and not (pools.prefill.workers and pools.decode.workers):
+            raise ValueError(
+                f"placement.how = 'remote' needs prefill and decode workers, not {pools.prefill.workers} and "
+                f"{pools.decode.workers}: have both, or set placement.how to auto"
+            )
+        if self.kv.link == "nccl" and self.device == "cpu":
+            raise ValueError("kv.link = 'nccl' needs CUDA workers, but device is cpu: set kv.link to auto")
+        return self
+
+    def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401  (pydantic's signature)
+        self._origins = dict(context or {})
+
+    def origin(self, key: str) -> str:
+        """Where the value of a dotted key came from: a file, a variable, a flag or `default`."""
+        return self._origins.get(key, "default")
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every settable key, dotted, in the order of the schema."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        inner = _section_of(field)
+        found |= {prefix + name: field} if inner is None else keys(inner, f"{prefix}{name}.")
+    return found
+
+
+def sections(section: type[BaseModel] = Config, prefix: str = "") -> set[str]:
+    """Every dotted name that holds keys instead of a value."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        inner = _section_of(field)
+        if inner is not None:
+            found |= {prefix + name} | sections(inner, f"{prefix}{name}.")
+    return found
+
+
+def values(config: Config) -> dict[str, object]:
+    """The effective value of every key."""
+    return {key: _value(config.model_dump(), key) for key in keys()}
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind: object = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _value(tree: Mapping[str, Any], key: str) -> object:
+    head, _, rest = key.partition(".")
+    return _value(tree[head], rest) if rest else tree[head]
