@@ -1,7 +1,23 @@
 """The contract of a diptych cluster: types, errors, block names, and the thin Python client."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from diptych.errors import ServingError
 
-__all__ = ["ServingError", "__version__"]
+if TYPE_CHECKING:
+    from diptych.client import Client
+
+__all__ = ["Client", "ServingError", "__version__"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`Client` loads gRPC, which every worker that imports a type would otherwise pay for."""
+    if name == "Client":
+        from diptych.client import Client
+
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

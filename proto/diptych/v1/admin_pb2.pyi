@@ -1,0 +1,153 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_PREFILL: _ClassVar[Role]
+    ROLE_DECODE: _ClassVar[Role]
+    ROLE_MIXED: _ClassVar[Role]
+ROLE_UNSPECIFIED: Role
+ROLE_PREFILL: Role
+ROLE_DECODE: Role
+ROLE_MIXED: Role
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PLACED_FIELD_NUMBER: _ClassVar[int]
+    INDEX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    build: str
+    ready: bool
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    requests_placed: int
+    index_blocks: int
+    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("info", "load", "counters", "alive", "report_age_seconds")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    REPORT_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    info: WorkerInfo
+    load: WorkerLoad
+    counters: WorkerCounters
+    alive: bool
+    report_age_seconds: float
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., alive: _Optional[bool] = ..., report_age_seconds: _Optional[float] = ...) -> None: ...
+
+class WorkerInfo(_message.Message):
+    __slots__ = ("id", "role", "epoch", "build", "model_digest", "layout", "blocks", "max_context", "device", "host", "pid", "threads")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    role: Role
+    epoch: int
+    build: str
+    model_digest: str
+    layout: KvLayout
+    blocks: int
+    max_context: int
+    device: str
+    host: str
+    pid: int
+    threads: int
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., build: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., blocks: _Optional[int] = ..., max_context: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+
+class KvLayout(_message.Message):
+    __slots__ = ("layers", "kv_heads", "block_size", "head_dim", "dtype")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: str
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class WorkerLoad(_message.Message):
+    __slots__ = ("waiting_requests", "waiting_tokens", "running_requests", "blocks_free", "blocks_cached", "blocks_held", "blocks_granted", "blocks_lent")
+    WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_HELD_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_GRANTED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_LENT_FIELD_NUMBER: _ClassVar[int]
+    waiting_requests: int
+    waiting_tokens: int
+    running_requests: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_held: int
+    blocks_granted: int
+    blocks_lent: int
+    def __init__(self, waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_lent: _Optional[int] = ...) -> None: ...
+
+class WorkerCounters(_message.Message):
+    __slots__ = ("steps", "decode_steps", "decode_rows", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_emitted", "requests_finished", "requests_cancelled", "preemptions", "blocks_sent", "bytes_sent", "blocks_received", "bytes_received", "transfers_committed", "transfers_failed", "leaked_blocks", "engine_cpu_seconds")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_EMITTED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    LEAKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    decode_steps: int
+    decode_rows: int
+    prompt_tokens_computed: int
+    prompt_tokens_cached: int
+    tokens_emitted: int
+    requests_finished: int
+    requests_cancelled: int
+    preemptions: int
+    blocks_sent: int
+    bytes_sent: int
+    blocks_received: int
+    bytes_received: int
+    transfers_committed: int
+    transfers_failed: int
+    leaked_blocks: int
+    engine_cpu_seconds: float
+    def __init__(self, steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., decode_rows: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_emitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., preemptions: _Optional[int] = ..., blocks_sent: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., blocks_received: _Optional[int] = ..., bytes_received: _Optional[int] = ..., transfers_committed: _Optional[int] = ..., transfers_failed: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., engine_cpu_seconds: _Optional[float] = ...) -> None: ...
