@@ -1,0 +1,28 @@
+"""Maths: tensor in, tensor out. Knows no request, no model, no worker.
+
+Every operation has a meaning (`kernels.reference`, plain torch) and, where it pays, an
+implementation per device with the same name and signature; this module picks one by the tensor's
+device. Nobody passes a backend name.
+"""
+
+from kernels.reference.attention import DecodeTable, decode_attention, prefill_attention
+from kernels.reference.blocks import pack_blocks, unpack_blocks, write_kv
+from kernels.reference.elementwise import apply_rope, rms_norm, rope_table, swiglu
+from kernels.reference.linear import linear, row_tile
+from kernels.reference.sampling import sample_tokens
+
+__all__ = [
+    "DecodeTable",
+    "apply_rope",
+    "decode_attention",
+    "linear",
+    "pack_blocks",
+    "prefill_attention",
+    "rms_norm",
+    "rope_table",
+    "row_tile",
+    "sample_tokens",
+    "swiglu",
+    "unpack_blocks",
+    "write_kv",
+]

@@ -1,0 +1,169 @@
+"""Who computes what in the next step. Knows sequences and blocks; not tensors or the network.
+
+Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi-Serve, Agrawal et al.
+2024): every running sequence decodes one token, and what is left of the step's token budget goes
+to prompts in the order of arrival.
+
+Order is the whole policy: who arrived first is admitted first, gets its next block first and is
+preempted last. The oldest sequence can always preempt all others, so it always ends, and then the
+next one is the oldest: nothing starves and nothing deadlocks, as long as each fits alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
+
+from workers.engine.blocks import BlockPool
+from workers.engine.sequence import Sequence
+
+_by_arrival = attrgetter("arrival")
+
+
+class Work(NamedTuple):
+    """Tokens [start, start + count) of a sequence."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one step computes, and who had to give way for it."""
+
+    decodes: tuple[Sequence, ...]
+    chunks: tuple[Work, ...]
+    granted: tuple[Sequence, ...]
+    """Hand-offs that got their room: their tickets can be written."""
+    preempted: tuple[Sequence, ...]
+
+
+class Batcher:
+    """Waiting and running sequences of one engine, in order of arrival."""
+
+    def __init__(self, pool: BlockPool, *, block_size: int, max_batch_tokens: int, max_running: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._max_batch_tokens = max(max_batch_tokens, block_size)
+        self._max_running = max_running
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._granted: list[Sequence] = []
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        return tuple(self._running)
+
+    @property
+    def granted(self) -> tuple[Sequence, ...]:
+        """Hand-offs with blocks whose KV is not here yet."""
+        return tuple(self._granted)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `plan` could find something to do."""
+        return bool(self._running) or bool(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """To the queue, at its place."""
+        bisect.insort(self._waiting, sequence, key=_by_arrival)
+
+    def join(self, sequence: Sequence) -> None:
+        """A hand-off is complete: the sequence decodes from the next step on."""
+        self._granted.remove(sequence)
+        bisect.insort(self._running, sequence, key=_by_arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It ended, was cancelled or goes on elsewhere. Its blocks are the caller's to release."""
+        for place in (self._running, self._waiting, self._granted):
+            if sequence in place:
+                place.remove(sequence)
+
+    def plan(self) -> StepPlan:
+        """Reserves the blocks of what it returns."""
+        preempted: list[Sequence] = []
+        for sequence in tuple(self._running):  # oldest first
+            if sequence in self._running:
+                self._make_room(sequence, preempted)
+        granted = self._admit(after_preemption=bool(preempted))
+        decodes = [sequence for sequence in self._running if sequence.remaining == 1]
+        budget = self._max_batch_tokens - len(decodes)
+        chunks: list[Work] = []
+        for sequence in self._running:
+            if sequence.remaining > 1 and (count := self._chunk(sequence, budget, first=not chunks)):
+                chunks.append(Work(sequence, sequence.computed, count))
+                budget -= count
+        return StepPlan(
+            decodes=tuple(decodes), chunks=tuple(chunks), granted=tuple(granted), preempted=tuple(preempted)
+        )
+
+    def _chunk(self, sequence: Sequence, budget: int, *, first: bool) -> int:
+        """How much of the prompt fits. Whole blocks, unless it is the end: a block is sent whole.
+
+        The first prompt gets at least a block, however many sequences decode.
+        """
+        if sequence.remaining <= budget:
+            return sequence.remaining
+        room = max(budget, self._block_size if first else 0)
+        end = (sequence.computed + room) // self._block_size * self._block_size
+        return max(0, min(end - sequence.computed, sequence.remaining))
+
+    def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> None:
+        """A block for the sequence's next token; the youngest gives way, if need be the sequence itself."""
+        if len(sequence.tokens) <= len(sequence.blocks) * self._block_size:
+            return
+        while (blocks := self._pool.take(1, sequence.owner)) is None:
+            victim = self._running[-1]
+            self._running.remove(victim)
+            self._pool.release(victim.owner)
+            victim.restart()
+            self.add(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return
+        sequence.blocks += blocks
+
+    def _admit(self, *, after_preemption: bool) -> list[Sequence]:
+        """From the queue's head, as long as there is room. Returns the hand-offs among them."""
+        granted: list[Sequence] = []
+        while self._waiting and not after_preemption and len(self._running) + len(self._granted) < self._max_running:
+            sequence = self._waiting[0]
+            if not self._reserve(sequence):
+                break
+            del self._waiting[0]
+            sequence.admissions += 1
+            if sequence.task == "decode":
+                self._granted.append(sequence)
+                granted.append(sequence)
+            else:
+                bisect.insort(self._running, sequence, key=_by_arrival)
+        return granted
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Cached blocks and new ones for all its tokens so far, or nothing."""
+        pool, names = self._pool, sequence.reusable_names()
+        needed = -(-len(sequence.tokens) // self._block_size)
+        # One block to spare for each running sequence, or it would be preempted within 16 tokens.
+        spare = len(self._running)
+        if needed - pool.match(names) + spare > pool.available:
+            return False
+        cached = pool.acquire(names, sequence.owner)
+        missing = needed - len(cached)
+        remote = sequence.task == "decode"
+        fresh = pool.grant(missing, sequence.ticket) if remote else pool.take(missing, sequence.owner)
+        if fresh is None:
+            pool.release(sequence.owner)
+            return False
+        sequence.blocks = cached + fresh
+        sequence.named = len(cached)
+        sequence.computed = len(cached) * self._block_size
+        if not sequence.admissions:
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
+        return True

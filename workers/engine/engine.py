@@ -1,0 +1,288 @@
+"""One step after another: plan, run the model, choose tokens. Knows no thread, role or network.
+
+Everything here belongs to one thread. What a caller does between steps (add, cancel, land a
+hand-off's blocks) takes effect in the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from diptych.errors import Internal
+from diptych.types import BlockId, Counters, Finish, KvLayout, Load, ModelDtype
+from kernels.reference.attention import SPLIT
+from workers.engine.batching import Batcher, StepPlan, Work
+from workers.engine.blocks import BlockPool
+from workers.engine.model import Batch, Chunk, Model
+from workers.engine.noise import uniform
+from workers.engine.sequence import Sequence
+from workers.engine.weights import TORCH_DTYPE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What an engine may use."""
+
+    block_size: int
+    blocks: int
+    max_batch_tokens: int
+    max_running: int
+    max_context: int
+
+
+class Sampled(NamedTuple):
+    """A sequence's next token."""
+
+    sequence: Sequence
+    index: int
+    token: int
+    finish: Finish | None
+    fingerprint: bytes | None
+    argmax: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step did."""
+
+    plan: StepPlan
+    sampled: tuple[Sampled, ...]
+    failed: tuple[tuple[Sequence, Internal], ...]
+
+
+class Engine:
+    """A model, its KV arena, and the sequences on it."""
+
+    def __init__(self, model: Model, limits: EngineLimits, *, dtype: ModelDtype, device: torch.device) -> None:
+        config = model.config
+        self.layout = KvLayout(
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            block_size=limits.block_size,
+            head_dim=config.head_dim,
+            dtype=dtype,
+        )
+        self.limits = limits
+        self.pool = BlockPool(limits.blocks)
+        self.batcher = Batcher(
+            self.pool,
+            block_size=limits.block_size,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_running=limits.max_running,
+        )
+        self._model = model
+        self._device = device
+        # Zeros, not empty: masked positions are read and must be finite. The pages come on first use.
+        self.arena = torch.zeros((limits.blocks, *self.layout.block_shape), dtype=TORCH_DTYPE[dtype], device=device)
+        self._steps = self._decode_steps = self._decode_rows = 0
+        self._computed = self._cached = self._emitted = self._preemptions = 0
+
+    # ---- between steps --------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it. The caller checked that it fits alone."""
+        self.batcher.add(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """It is over here: every block it holds, in whatever state, is given back."""
+        self.batcher.remove(sequence)
+        self.pool.release(sequence.ticket)
+        self.pool.release(sequence.owner)
+
+    def join(self, sequence: Sequence, first_token: int) -> None:
+        """A hand-off's blocks are all here: the sequence decodes from its first token on."""
+        if self.pool.kind(sequence.ticket):
+            self.pool.commit(sequence.ticket, sequence.owner)
+        sequence.computed = sequence.prompt_length
+        self._name_full_blocks(sequence)
+        sequence.accept(first_token)
+        self.batcher.join(sequence)
+
+    def pack(self, blocks: SequenceOf[BlockId]) -> Tensor:
+        """The blocks' content as one buffer: [count * block_bytes] uint8."""
+        return kernels.pack_blocks(self.arena, self._ids(blocks))
+
+    def unpack(self, blocks: SequenceOf[BlockId], packed: Tensor) -> None:
+        """Content from elsewhere lands in these blocks, which nothing reads yet."""
+        kernels.unpack_blocks(self.arena, self._ids(blocks), packed.to(self._device))
+
+    @property
+    def has_work(self) -> bool:
+        return self.batcher.has_work
+
+    # ---- a step -----------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """Compute one batch. With nothing to compute it only admits."""
+        plan = self.batcher.plan()
+        self._preemptions += len(plan.preempted)
+        if not plan.decodes and not plan.chunks:
+            return StepResult(plan=plan, sampled=(), failed=())
+        ready = [*plan.decodes, *(work.sequence for work in plan.chunks if work.count == work.sequence.remaining)]
+        logits = self._model.forward(self._batch(plan, ready), self.arena)
+        self._steps += 1
+        self._decode_steps += bool(plan.decodes)
+        self._decode_rows += len(plan.decodes)
+        for work in (*(Work(sequence, sequence.computed, 1) for sequence in plan.decodes), *plan.chunks):
+            self._advance(work)
+        return self._choose(plan, ready, logits)
+
+    def _advance(self, work: Work) -> None:
+        sequence = work.sequence
+        of_prompt = max(0, min(work.start + work.count, sequence.prompt_length) - work.start)
+        if work.start == sequence.cached_tokens and sequence.admissions == 1 and of_prompt:
+            self._cached += sequence.cached_tokens
+        sequence.computed_tokens += of_prompt
+        self._computed += of_prompt
+        sequence.computed += work.count
+        self._name_full_blocks(sequence)
+
+    def _name_full_blocks(self, sequence: Sequence) -> None:
+        if sequence.full_blocks <= sequence.named:
+            return
+        names = sequence.names()
+        for index in range(sequence.named, sequence.full_blocks):
+            self.pool.name(sequence.blocks[index], names[index], sequence.owner)
+        sequence.named = sequence.full_blocks
+
+    def _choose(self, plan: StepPlan, ready: list[Sequence], logits: Tensor) -> StepResult:
+        if not ready:
+            return StepResult(plan=plan, sampled=(), failed=())
+        finite = torch.isfinite(logits).all(-1).tolist()
+        tokens = self._sample(ready, logits)
+        argmax = logits.argmax(-1).tolist() if any(sequence.request.params.forced for sequence in ready) else tokens
+        sampled: list[Sampled] = []
+        failed: list[tuple[Sequence, Internal]] = []
+        for row, sequence in enumerate(ready):
+            if not finite[row]:
+                failed.append((sequence, Internal(f"{sequence.request.id}: the model's logits are not finite")))
+                continue
+            params, index = sequence.request.params, sequence.generated
+            token = params.forced[index] if index < len(params.forced) else tokens[row]
+            fingerprint = _fingerprint(logits[row]) if params.fingerprint else None
+            finish = sequence.accept(token)
+            sampled.append(
+                Sampled(sequence, index, token, finish, fingerprint, argmax[row] if params.forced else None)
+            )
+        for sequence, _ in failed:
+            self._scrub(sequence)
+        self._emitted += len(sampled)
+        return StepResult(plan=plan, sampled=tuple(sampled), failed=tuple(failed))
+
+    def _sample(self, ready: list[Sequence], logits: Tensor) -> list[int]:
+        params = [sequence.request.params for sequence in ready]
+        if all(each.temperature == 0 for each in params):
+            return logits.argmax(-1).tolist()
+        noise = [
+            uniform(each.seed, sequence.request.choice, len(sequence.tokens))
+            for each, sequence in zip(params, ready, strict=True)
+        ]
+        return kernels.sample_tokens(
+            logits,
+            torch.tensor([each.temperature for each in params], device=self._device),
+            torch.tensor([each.top_k for each in params]),
+            torch.tensor([each.top_p for each in params], dtype=torch.float64),
+            torch.tensor(noise, dtype=torch.float64),
+        ).tolist()
+
+    def _scrub(self, sequence: Sequence) -> None:
+        """Masked positions are read: a block with an infinity must not stay behind in the pool."""
+        blocks = list(sequence.blocks)
+        self.drop(sequence)
+        self.pool.clear()
+        in_use = {block for owner in self.pool.owners() for block in self.pool.blocks_of(owner)}
+        for block in blocks:
+            # A block that others share they share for its content: they fail on their own.
+            if block not in in_use:
+                self.arena[block].zero_()
+
+    # ---- tensors ------------------------------------------------------------------------------------
+
+    def _ids(self, blocks: SequenceOf[BlockId]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._device)
+
+    def _batch(self, plan: StepPlan, ready: list[Sequence]) -> Batch:
+        # Attention visits split j for the rows that reach it: longest first.
+        decodes = sorted(plan.decodes, key=lambda sequence: -len(sequence.tokens))
+        tokens: list[int] = []
+        positions: list[int] = []
+        blocks: list[BlockId] = []
+        rows: dict[Sequence, int] = {}
+        chunks: list[Chunk] = []
+        for sequence, start, count in (*(Work(each, each.computed, 1) for each in decodes), *plan.chunks):
+            first_row = len(tokens)
+            tokens += sequence.tokens[start : start + count]
+            in_blocks, at = sequence.rows(start, count)
+            blocks += in_blocks
+            positions += at
+            rows[sequence] = len(tokens) - 1
+            if len(rows) > len(decodes):
+                padded = self._padded(sequence.blocks, start + count)
+                chunks.append(Chunk(first_row, len(tokens), start, self._ids(padded)))
+        at_positions = self._ids_of(positions)
+        return Batch(
+            tokens=self._ids_of(tokens),
+            positions=at_positions,
+            blocks=self._ids(blocks),
+            offsets=at_positions % self.limits.block_size,
+            decode_rows=len(decodes),
+            table=self._table(decodes) if decodes else None,
+            chunks=tuple(chunks),
+            logit_rows=self._ids_of([rows[sequence] for sequence in ready]),
+        )
+
+    def _ids_of(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+    def _table(self, decodes: list[Sequence]) -> kernels.DecodeTable:
+        longest = len(decodes[0].tokens)
+        reach = tuple(sum(len(each.tokens) > at for each in decodes) for at in range(0, longest, SPLIT))
+        padded = [self._padded(each.blocks, longest) for each in decodes]
+        lengths = [len(each.tokens) for each in decodes]
+        return kernels.DecodeTable(torch.tensor(padded, device=self._device), self._ids_of(lengths), reach)
+
+    def _padded(self, blocks: list[BlockId], length: int) -> list[BlockId]:
+        """Block ids for whole splits up to `length` positions."""
+        wanted = -(-length // SPLIT) * SPLIT // self.limits.block_size
+        return blocks[:wanted] + [BlockId(0)] * (wanted - len(blocks))
+
+    # ---- what it says of itself -----------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """As of now."""
+        waiting = self.batcher.waiting
+        running = self.batcher.running
+        return Load(
+            waiting_requests=len(waiting),
+            waiting_tokens=sum(s.remaining for s in waiting if s.task != "decode")
+            + sum(s.remaining for s in running if s.remaining > 1),
+            running_requests=len(running),
+            blocks_free=self.pool.free,
+            blocks_cached=self.pool.cached,
+            blocks_held=self.pool.held,
+            blocks_granted=self.pool.granted,
+            blocks_lent=self.pool.lent,
+        )
+
+    def counters(self) -> Counters:
+        """The engine's part; the roles add theirs."""
+        return Counters(
+            steps=self._steps,
+            decode_steps=self._decode_steps,
+            decode_rows=self._decode_rows,
+            prompt_tokens_computed=self._computed,
+            prompt_tokens_cached=self._cached,
+            tokens_emitted=self._emitted,
+            preemptions=self._preemptions,
+        )
+
+
+def _fingerprint(row: Tensor) -> bytes:
+    return hashlib.sha256(row.contiguous().cpu().numpy().tobytes()).digest()
