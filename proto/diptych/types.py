@@ -26,7 +26,7 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
-LinkKind: TypeAlias = Literal["loopback", "gloo", "nccl"]
+LinkKind: TypeAlias = Literal["gloo", "nccl"]
 Verify: TypeAlias = Literal["off", "sample", "all"]
 
 
@@ -233,13 +233,11 @@ class PrefillOrder:
     request: Request
     attempt: int
     decode: WorkerId
-    cached_blocks: int
-    """Leading blocks that decode already holds: a hint, the ticket's `first` decides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillDone:
-    """Prefill's last word on an order: the first token is out, `parcels` parcels carry the KV."""
+    """Prefill's word that the prompt is computed and the first token on its way to the front."""
 
     request: RequestId
     attempt: int
@@ -248,9 +246,6 @@ class PrefillDone:
     """The answer ended at its first token: nothing more will be sent."""
     computed_tokens: int
     cached_tokens: int
-    blocks_sent: int
-    bytes_sent: int
-    parcels: int
 
 
 # ---- what workers say of themselves ------------------------------------------------------------
@@ -352,6 +347,38 @@ class Report:
     counters: Counters
     events: tuple[KvEvent, ...] = ()
     full: bool = False
+
+
+# ---- how a worker is made ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """All a worker needs to start. `epoch` counts the incarnations of its id."""
+
+    id: WorkerId
+    role: Role
+    epoch: int
+    build: str
+    model: ModelSource
+    dtype: ModelDtype
+    block_size: int
+    memory_bytes: int
+    """For KV blocks; 0 measures what is free."""
+    max_batch_tokens: int
+    max_running: int
+    threads: int
+    device: Literal["cpu", "cuda"]
+    host: str
+    """The node's address, which links bind and peers dial."""
+    link: LinkKind
+    verify: Verify
+    secret: bytes
+    """Keys the MAC of parcels under verify=all."""
+    lease_seconds: float
+    """How long a hand-off may go without a sign of progress."""
+    cache: str
+    """Folder for converted weights; empty for none."""
 
 
 # ---- the model, as every process knows it --------------------------------------------------------
