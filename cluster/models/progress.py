@@ -1,0 +1,58 @@
+"""A sign of life while something long runs. Knows no step by name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+EVERY_SECONDS = 2.0
+
+
+@contextmanager
+def watched(progress: Callable[[str], None], describe: Callable[[], str]) -> Generator[None]:
+    """Says `describe()` every two seconds while the body runs.
+
+    A thread watches and the body stays where it is, so that Ctrl-C still reaches the body.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(EVERY_SECONDS):
+            progress(describe())
+
+    watcher = threading.Thread(target=watch, name="diptych-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join(timeout=EVERY_SECONDS)
+
+
+def megabytes(size_bytes: int) -> str:
+    """As in "94 MB"."""
+    return f"{size_bytes / 1e6:.0f} MB"
+
+
+def percent(part: int, whole: int) -> str:
+    """As in "37 %", never above 100."""
+    return f"{min(100, 100 * part // max(1, whole))} %"
+
+
+def largest_file_bytes(folder: Path) -> int:
+    """Size of the largest file below `folder`, while others create and delete files in it."""
+    return max((_size_bytes(path) for path in folder.rglob("*")), default=0)
+
+
+def total_bytes(folder: Path) -> int:
+    """Size of all files below `folder`, links not counted."""
+    return sum(_size_bytes(path) for path in folder.rglob("*") if not path.is_symlink())
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # deleted since it was listed
+        return 0
