@@ -1,0 +1,1 @@
+"""Where every request runs: pure decisions over a folded view, and a thin actor around them."""
