@@ -2,6 +2,6 @@
 
 from cluster.config.errors import ConfigError
 from cluster.config.layers import Override, load
-from cluster.config.schema import Config
+from cluster.config.schema import Config, values
 
-__all__ = ["Config", "ConfigError", "Override", "load"]
+__all__ = ["Config", "ConfigError", "Override", "load", "values"]

@@ -91,14 +91,14 @@ def _misnamed(item: Override) -> str | None:
 
 
 def _nearest(key: str) -> str:
-    """The key most like the one given, as a whole or by its last word (`http` is front.http)."""
+    """The key or section most like the one given, as a whole or by its last word (`http` is front.http)."""
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
         return max(whole, last), whole
 
-    return max(keys(), key=likeness)
+    return max([*keys(), *sorted(sections())], key=likeness)
 
 
 def _nested(items: Iterable[Override]) -> dict[str, Any]:

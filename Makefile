@@ -1,0 +1,42 @@
+# Everything a person does with this tree. `make help` lists it.
+# Recipes end in `exec`, so that signals reach the program itself.
+
+ARGS ?=
+PYTEST_ARGS ?=
+PYTHON ?=
+export PYTHON
+BIN := .venv/bin
+
+.PHONY: help serve test check format proto clean install
+
+help: ## This list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+serve: ## Install, fetch the default model and serve it; ARGS="--prefill 2 ..." passes arguments
+	@tools/setup.sh
+	@$(if $(ARGS),,$(BIN)/diptych pull)
+	@exec $(BIN)/diptych serve $(ARGS)
+
+install: ## Make .venv with everything that tests and checks need
+	@tools/setup.sh test,dev
+
+test: install ## All tests, end to end too; PYTEST_ARGS="-k ..." passes arguments
+	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install ## Format, lint, types and protocol, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/buf lint proto
+	$(BIN)/python tools/generate_protos.py --check
+
+format: install ## Put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: install ## Write the Python beside each .proto again
+	$(BIN)/python tools/generate_protos.py
+
+clean: ## Remove .venv and everything built
+	rm -rf .venv .bench .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""`diptych pull`: a model's files on this machine before anyone waits for them."""
+
+from __future__ import annotations
+
+import click
+
+from cluster.config import Config
+from diptych.errors import UnknownModel
+
+
+@click.command(short_help="Fetch a model and say where it lies.")
+@click.argument("model", default=Config().model.name)
+def pull(model: str) -> None:
+    """Fetch MODEL (the default model when left out) and say where it lies.
+
+    MODEL is a known name, a .gguf file, a folder or a Hugging Face id.
+
+    \b
+    Example:
+      diptych pull smollm2-135m-instruct
+    """
+    from cluster.models import resolve
+
+    try:
+        source = resolve(model, progress=lambda line: click.echo(line, err=True))
+    except UnknownModel as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(source.path)
