@@ -109,6 +109,15 @@ def test_equal_workers_take_turns_even_when_every_report_says_idle(cluster: Call
     assert Counter(chosen) == {"p0": 2, "p1": 2, "p2": 2}
 
 
+def test_of_equally_cheap_prefill_workers_the_one_with_fewer_requests_is_chosen(
+    cluster: Callable[[str], Cluster],
+) -> None:
+    for busy, expected in (("p0", "p1"), ("p1", "p0")):
+        some = cluster("p0 p1 d0")
+        some.report(busy, running=1)
+        assert some.place(how="remote").prefill == expected
+
+
 def test_an_idle_decode_worker_computes_the_prompt_itself(cluster: Callable[[str], Cluster]) -> None:
     placement = cluster("p0 d0").place()
     assert (placement.how, placement.prefill, placement.decode) == ("local", None, "d0")
