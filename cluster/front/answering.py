@@ -1,0 +1,43 @@
+"""Drives the answers of one request from the service to whoever writes them. Knows no protocol.
+
+Whatever ends it (the last token, an error, a cancel), every answer's generator is closed before it returns: that is
+what frees the request's blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from diptych.errors import Internal
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from cluster.front.service import Ask, Delta, Service
+
+
+async def answer(service: Service, ask: Ask, handle: Callable[[Delta], Awaitable[None]]) -> None:
+    """Every piece of one answer, in order. Raises what the service or `handle` raises."""
+    finished = False
+    async with aclosing(service.generate(ask)) as deltas:
+        async for delta in deltas:
+            finished = delta.finish is not None
+            await handle(delta)
+    if not finished:
+        raise Internal(f"request {ask.id} ended without a finish")
+
+
+async def answer_all(service: Service, asks: Sequence[Ask], handle: Callable[[int, Delta], Awaitable[None]]) -> None:
+    """Several answers at once, each piece with its answer's place in `asks`; the first error ends them all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for place, ask in enumerate(asks):
+                group.create_task(answer(service, ask, _placed(place, handle)))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+
+
+def _placed(place: int, handle: Callable[[int, Delta], Awaitable[None]]) -> Callable[[Delta], Awaitable[None]]:
+    return lambda delta: handle(place, delta)

@@ -1,0 +1,122 @@
+"""Our types as protobuf messages and back. Knows shapes only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
+
+from cluster.front.asks import Wanted
+from cluster.front.chat import ChatMessage
+from diptych.errors import InvalidRequest
+from diptych.v1.admin_pb2 import GetStatusResponse, KvLayout, Role, WorkerCounters, WorkerInfo, WorkerLoad, WorkerStatus
+from diptych.v1.inference_pb2 import (
+    FinishReason,
+    GenerateChunk,
+    GenerateComplete,
+    GenerateResponse,
+    Sampling,
+    Served,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from cluster.front import service
+    from diptych import types
+    from diptych.v1.inference_pb2 import Chat, GenerateRequest
+
+_ROLES: Final = {"prefill": Role.ROLE_PREFILL, "decode": Role.ROLE_DECODE, "mixed": Role.ROLE_MIXED}
+_FINISHES: Final = {"stop": FinishReason.FINISH_REASON_STOP, "length": FinishReason.FINISH_REASON_LENGTH}
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def wanted_of(request: GenerateRequest) -> Wanted:
+    """What a client set; an unset optional field is None."""
+    sampling = request.sampling
+    return Wanted(
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        temperature=sampling.temperature if sampling.HasField("temperature") else None,
+        top_p=sampling.top_p if sampling.HasField("top_p") else None,
+        top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        fingerprint=request.fingerprint,
+        forced=tuple(request.forced_token_ids),
+    )
+
+
+def path_of(name: str | None) -> str | None:
+    """A field's path in GenerateRequest, from the name that `cluster.front.asks` knows it by."""
+    return f"sampling.{name}" if name in Sampling.DESCRIPTOR.fields_by_name else name
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidRequest unless it can stand in logs, headers and URLs as it is."""
+    if not _REQUEST_ID.fullmatch(request_id):
+        message = f"request_id {request_id[:40]!r} is not 1 to 128 letters, digits, '-', '_' and '.'"
+        raise InvalidRequest(message, param="request_id")
+
+
+def turns_of(chat: Chat) -> list[ChatMessage]:
+    """The conversation. Raises InvalidRequest when it has no turn."""
+    if not chat.messages:
+        raise InvalidRequest("the chat has no messages: send at least one", param="chat.messages")
+    return [
+        ChatMessage(role=message.role, content=message.content, name=message.name or None) for message in chat.messages
+    ]
+
+
+def chunk_of(delta: service.Delta) -> GenerateResponse:
+    """A piece of the answer."""
+    return GenerateResponse(
+        chunk=GenerateChunk(
+            text=delta.text,
+            token_ids=delta.tokens,
+            fingerprints=delta.fingerprints,
+            argmax_token_ids=delta.argmax,
+        )
+    )
+
+
+def complete_of(request_id: str, finish: types.Finish, usage: service.Usage) -> GenerateResponse:
+    """The last message of an answer."""
+    counts = Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.served.cached_tokens,
+    )
+    return GenerateResponse(
+        complete=GenerateComplete(
+            finish_reason=_FINISHES[finish],
+            usage=counts,
+            diptych=Served(**asdict(usage.served)),
+            request_id=request_id,
+        )
+    )
+
+
+def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
+    """The scheduler's view."""
+    return GetStatusResponse(
+        model=status.model,
+        build=status.build,
+        ready=ready,
+        workers=[_worker_of(worker) for worker in status.workers],
+        requests_placed=status.requests_placed,
+        index_blocks=status.index_blocks,
+    )
+
+
+def _worker_of(worker: types.WorkerStatus) -> WorkerStatus:
+    info = asdict(worker.info)
+    del info["role"], info["layout"]
+    layout = KvLayout(**asdict(worker.info.layout))
+    return WorkerStatus(
+        info=WorkerInfo(**info, role=_ROLES[worker.info.role], layout=layout),
+        load=WorkerLoad(**asdict(worker.load)),
+        counters=WorkerCounters(**asdict(worker.counters)),
+        alive=worker.alive,
+        report_age_seconds=worker.report_age_seconds,
+    )

@@ -1,0 +1,172 @@
+"""The gRPC front: `diptych.v1`'s services, and the server they run in. Knows neither Ray nor placement."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.front.answering import answer
+from cluster.front.asks import Prompt, asks_of, check_model, encode_chat, encode_text, max_context
+from cluster.front.grpc_calls import answering, write_within
+from cluster.front.grpc_health import Health
+from cluster.front.grpc_messages import (
+    check_request_id,
+    chunk_of,
+    complete_of,
+    path_of,
+    status_of,
+    turns_of,
+    wanted_of,
+)
+from diptych.errors import InvalidRequest
+from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from cluster.front.grpc_calls import Context
+    from cluster.front.service import Ask, Delta, Service
+    from diptych.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
+    from diptych.v1.inference_pb2 import (
+        GenerateRequest,
+        ListModelsRequest,
+        ListModelsResponse,
+        TokenizeRequest,
+        TokenizeResponse,
+    )
+
+MAX_MESSAGE_BYTES: Final = 8 << 20
+STALL_TIMEOUT_SECONDS: Final = 60.0
+"""A client that reads nothing for so long has its call ended and its blocks freed."""
+MAX_CONCURRENT_STREAMS: Final = 1024
+"""Per connection; a further call waits in its client."""
+
+_SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    # A peer that vanished without a word is noticed within a minute and a half, and its requests are cancelled.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients may ping every 20 s, idle ones too.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two fronts on one port would each get some of the calls: an address in use has to be an error.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class Inference(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers, over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._running: set[str] = set()
+
+    async def Generate(self, request: GenerateRequest, context: Context) -> None:
+        """Chunks, then one `complete`; the call's end, however it comes, frees the request's blocks."""
+        request_id = request.request_id or f"gen-{secrets.token_hex(16)}"
+        async with answering(context, request_id):
+            check_request_id(request_id)
+            ask = await self._ask(request, request_id)
+            with self._alone(request_id):
+                await context.send_initial_metadata((("x-request-id", request_id),))
+                await self._write(ask, context)
+
+    async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:
+        """The tokens that Generate would compute."""
+        async with answering(context, "tokenize"):
+            return inference_pb2.TokenizeResponse(token_ids=(await self._prompt(request)).tokens)
+
+    async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
+        """The one model served."""
+        async with answering(context, "list-models"):
+            model = inference_pb2.Model(id=self._service.model_name, max_context=max_context(self._service))
+            return inference_pb2.ListModelsResponse(models=[model])
+
+    async def _ask(self, request: GenerateRequest, request_id: str) -> Ask:
+        prompt = await self._prompt(request)
+        try:
+            [ask] = asks_of(self._service, request_id, [prompt], wanted_of(request))
+        except InvalidRequest as error:
+            raise type(error)(str(error), param=path_of(error.param)) from error
+        return ask
+
+    async def _prompt(self, request: GenerateRequest | TokenizeRequest) -> Prompt:
+        check_model(self._service, request.model or self._service.model_name)
+        if not isinstance(request, inference_pb2.TokenizeRequest) and request.HasField("token_ids"):
+            return Prompt(tokens=tuple(request.token_ids.ids), name="token_ids")
+        name = request.WhichOneof("prompt")
+        if name is None:
+            raise InvalidRequest("the request has no prompt: set text, chat or token_ids", param="prompt")
+        if name == "chat":
+            return Prompt(tokens=await encode_chat(self._service.text, turns_of(request.chat)), name=name)
+        return Prompt(tokens=await encode_text(self._service.text, request.text), name=name)
+
+    async def _write(self, ask: Ask, context: Context) -> None:
+        async def write(delta: Delta) -> None:
+            if delta.text or delta.tokens:
+                await write_within(context, chunk_of(delta), STALL_TIMEOUT_SECONDS)
+            if delta.finish is not None:
+                assert delta.usage is not None, "the last piece carries the usage"
+                complete = complete_of(ask.id, delta.finish, delta.usage)
+                await write_within(context, complete, STALL_TIMEOUT_SECONDS)
+
+        await answer(self._service, ask, write)
+
+    @contextmanager
+    def _alone(self, request_id: str) -> Generator[None]:
+        """Two running requests of one id would get each other's tokens."""
+        if request_id in self._running:
+            raise InvalidRequest(f"a request {request_id!r} is running already", param="request_id")
+        self._running.add(request_id)
+        try:
+            yield
+        finally:
+            self._running.remove(request_id)
+
+
+class Admin(admin_pb2_grpc.AdminServiceServicer):
+    """The cluster, seen."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def GetStatus(self, request: GetStatusRequest, context: Context) -> GetStatusResponse:
+        """The scheduler's view."""
+        async with answering(context, "get-status"):
+            return status_of(await self._service.status(), ready=self._service.ready)
+
+
+async def serve_grpc(service: Service, host_port: str) -> tuple[grpc.aio.Server, int]:
+    """Listens on "host:port" (port 0: any) in the caller's event loop; the server and its port.
+
+    End it with `await server.stop(grace_seconds)`. Raises OSError when it can't listen.
+    """
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    _add_services(service, server)
+    try:
+        port = server.add_insecure_port(host_port)
+    except RuntimeError as error:
+        raise OSError(f"gRPC can't listen on {host_port}: is it in use? Choose another --grpc") from error
+    await server.start()
+    return server, port
+
+
+def _add_services(service: Service, server: grpc.aio.Server) -> None:
+    inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+    admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    checked = Health(service, frozenset(("", inference)), frozenset((admin, health)))
+    # Generated code carries no types.
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(  # pyright: ignore[reportUnknownMemberType]
+        Inference(service), server
+    )
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)  # pyright: ignore[reportUnknownMemberType]
+    health_pb2_grpc.add_HealthServicer_to_server(checked, server)  # pyright: ignore[reportUnknownMemberType]
+    reflection.enable_server_reflection((inference, admin, health, reflection.SERVICE_NAME), server)

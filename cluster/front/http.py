@@ -1,0 +1,171 @@
+"""The OpenAI HTTP front: routes, and the server they run in. Knows neither Ray nor how a request is placed."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cluster.front.errors import error_body, http_error
+from cluster.front.openai_api import OpenAiApi, request_id_of
+from cluster.observe.metrics import FrontMetrics
+from diptych.errors import Internal, ServingError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from cluster.front.service import Service
+
+GRACE_SECONDS: Final = 5
+"""How long running answers may go on once the server stops."""
+
+_ID_PREFIXES: Final = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl"}
+
+
+class RequestIds:
+    """Gives every request an id, and every response the header x-request-id with it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["request_id"] = f"{_ID_PREFIXES.get(scope['path'], 'req')}-{secrets.token_hex(16)}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", scope["request_id"].encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def build_app(service: Service, metrics: FrontMetrics | None = None) -> Starlette:
+    """The HTTP front. With `metrics` given, `service` is what it observes already."""
+    if metrics is None:
+        metrics = FrontMetrics(service.model_name)
+        service = metrics.observed(service)
+    api = OpenAiApi(service, metrics, int(time.time()))
+    routes = [
+        Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{id:path}", api.model),
+        Route("/health", api.ready),
+        Route("/health/live", api.live),
+        Route("/health/ready", api.ready),
+        Route("/version", api.version),
+        Route("/metrics", api.exposition),
+    ]
+    handlers = {
+        ServingError: _answer_serving_error,
+        HTTPException: _answer_http_error,
+        ClientDisconnect: _answer_nobody,
+        Exception: _answer_bug,
+    }
+    return Starlette(routes=routes, middleware=[Middleware(RequestIds)], exception_handlers=handlers)
+
+
+async def _answer_serving_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServingError)
+    answer = http_error(error)
+    return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large", 415: "media_type"}
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    body = error_body(error.status_code, message, code=code.get(error.status_code, "http_error"))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client hung up: whatever is returned goes nowhere."""
+    return Response(status_code=499)
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again afterwards, and the server logs it."""
+    answer = http_error(Internal(f"internal error; request {request_id_of(request)}"))
+    return JSONResponse(answer.body, answer.status, {"x-request-id": request_id_of(request)})
+
+
+class _EmbeddedServer(uvicorn.Server):
+    """uvicorn inside somebody else's event loop: it says when it listens, and leaves signals alone."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class HttpServer:
+    """A running HTTP front."""
+
+    port: int
+    _server: _EmbeddedServer
+    _serving: asyncio.Task[None]
+
+    async def stop(self) -> None:
+        """Takes no more requests, lets running ones go on for the grace period, then cancels them."""
+        self._server.should_exit = True
+        await asyncio.wait((self._serving,), timeout=GRACE_SECONDS + 2)
+        requests = [task for task in self._server.server_state.tasks if not task.done()]
+        if requests:
+            await asyncio.wait(requests, timeout=GRACE_SECONDS)
+        self._server.force_exit = True
+        await asyncio.wait_for(self._serving, GRACE_SECONDS)
+
+
+async def serve_http(service: Service, host_port: str, metrics: FrontMetrics | None = None) -> HttpServer:
+    """Listens on "host:port" (port 0: any) in the caller's event loop. Raises OSError when it can't."""
+    listener = _listen(host_port)
+    config = uvicorn.Config(
+        build_app(service, metrics),
+        access_log=False,
+        lifespan="off",
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        ws="none",
+    )
+    server = _EmbeddedServer(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await asyncio.wait_for(server.listening.wait(), GRACE_SECONDS)
+    return HttpServer(listener.getsockname()[1], server, serving)
+
+
+def _listen(host_port: str) -> socket.socket:
+    host, _, port = host_port.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"HTTP can't listen on {host_port}: {error.strerror}; choose another --http"
+        ) from error

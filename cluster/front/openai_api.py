@@ -1,0 +1,164 @@
+"""OpenAI's endpoints: from a body to asks, from deltas to a response. Knows no server, route or worker."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from starlette.responses import JSONResponse, Response
+
+from cluster.front.answering import answer_all
+from cluster.front.asks import Prompt, Wanted, asks_of, check_model, encode_chat, encode_text, max_context
+from cluster.front.chat import ChatMessage
+from cluster.front.http_wire import EventStream, read_json, while_connected
+from cluster.front.openai_answers import Answer, Envelope, EventWriter, total_usage, whole
+from cluster.front.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, parse_request
+from cluster.observe.metrics import FrontMetrics
+from diptych import __version__
+from diptych.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from starlette.requests import Request
+
+    from cluster.front.http_wire import Emit
+    from cluster.front.openai_answers import Kind
+    from cluster.front.openai_types import AnyRequest, Message
+    from cluster.front.service import Ask, Delta, Service
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiApi:
+    """The endpoints, over one service."""
+
+    service: Service
+    metrics: FrontMetrics
+    started: int
+    """Unix seconds; the model's `created`."""
+
+    async def chat_completions(self, request: Request) -> Response | EventStream:
+        """POST /v1/chat/completions."""
+        body = parse_request(ChatRequest, await read_json(request))
+        check_model(self.service, body.model)
+        tokens = await encode_chat(self.service.text, [_turn(message) for message in body.messages])
+        wanted = _wanted(body)
+        if body.max_completion_tokens is not None:
+            wanted = replace(wanted, max_tokens=body.max_completion_tokens, max_tokens_name="max_completion_tokens")
+        return await self._respond(request, "chat", body, [Prompt(tokens=tokens, name="messages")], wanted)
+
+    async def completions(self, request: Request) -> Response | EventStream:
+        """POST /v1/completions."""
+        body = parse_request(CompletionRequest, await read_json(request))
+        check_model(self.service, body.model)
+        answers = len(body.prompt) * (body.n or 1)
+        if answers > MAX_CHOICES:
+            raise InvalidRequest(f"{answers} answers in one request; at most {MAX_CHOICES} are given", param="prompt")
+        prompts = [Prompt(tokens=await self._encode(prompt), name="prompt") for prompt in body.prompt]
+        return await self._respond(request, "text", body, prompts, _wanted(body))
+
+    async def _encode(self, prompt: str | list[int]) -> tuple[int, ...]:
+        return await encode_text(self.service.text, prompt) if isinstance(prompt, str) else tuple(prompt)
+
+    async def _respond(
+        self, request: Request, kind: Kind, body: AnyRequest, prompts: Sequence[Prompt], wanted: Wanted
+    ) -> Response | EventStream:
+        request_id = request_id_of(request)
+        choices = body.n or 1
+        asks = asks_of(self.service, request_id, prompts, wanted, choices=choices)
+        envelope = Envelope(id=request_id, kind=kind, model=self.service.model_name, created=int(time.time()))
+        if body.stream:
+            return EventStream(self._streaming(asks, envelope, body), request_id)
+        answers = [Answer() for _ in asks]
+
+        async def collect(place: int, delta: Delta) -> None:
+            answers[place].add(delta)
+
+        await while_connected(request.receive, answer_all(self.service, asks, collect))
+        return JSONResponse(whole(envelope, answers, choices))
+
+    def _streaming(
+        self, asks: Sequence[Ask], envelope: Envelope, body: AnyRequest
+    ) -> Callable[[Emit], Awaitable[None]]:
+        options = body.stream_options
+        include_usage = options is not None and bool(options.include_usage)
+        continuous_usage = options is not None and bool(options.continuous_usage_stats)
+        writer = EventWriter(
+            envelope, answers=len(asks), include_usage=include_usage, continuous_usage=continuous_usage
+        )
+        ends = [Answer() for _ in asks]
+
+        async def produce(emit: Emit) -> None:
+            async def write(place: int, delta: Delta) -> None:
+                if delta.finish is not None:
+                    ends[place].add(delta)
+                events = writer.events(place, delta, len(asks[place].tokens))
+                if events:
+                    await emit(events)
+
+            await answer_all(self.service, asks, write)
+            await emit(writer.last(total_usage(ends, body.n or 1) if include_usage else None))
+
+        return produce
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        check_model(self.service, request.path_params["id"])
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, object]:
+        return {
+            "id": self.service.model_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "diptych",
+            "max_model_len": max_context(self.service),
+        }
+
+    async def live(self, request: Request) -> Response:
+        """GET /health/live: this process answers."""
+        return JSONResponse({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /health/ready: a request sent now would be placed."""
+        ready = self.service.ready
+        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def version(self, request: Request) -> Response:
+        """GET /version."""
+        return JSONResponse({"version": __version__})
+
+    async def exposition(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(await self.metrics.exposition(self.service), media_type=FrontMetrics.MEDIA_TYPE)
+
+
+def _wanted(body: AnyRequest) -> Wanted:
+    return Wanted(
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        # vLLM's clients say -1 for no limit.
+        top_k=0 if body.top_k == -1 else body.top_k,
+        seed=body.seed,
+        stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        fingerprint=body.diptych is not None and body.diptych.fingerprint,
+    )
+
+
+def _turn(message: Message) -> ChatMessage:
+    # OpenAI's newer name for the system's turn; chat templates know the older one.
+    role = "system" if message.role == "developer" else message.role
+    return ChatMessage(role=role, content=message.content, name=message.name)
+
+
+def request_id_of(request: Request) -> str:
+    """The id that the front gave this request."""
+    return str(request.scope["request_id"])
