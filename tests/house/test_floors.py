@@ -119,7 +119,7 @@ def test_torch_stays_on_the_data_plane() -> None:
 
 
 def test_sub_packages_form_no_cycle() -> None:
-    """cluster.front, workers.engine, ...: each package's rooms, by what runs. A type named across a seam is no cycle."""
+    """cluster.front, workers.engine, ...: each package's rooms, by what runs: a type named across a seam is none."""
     graph: dict[str, set[str]] = {}
     for found in ALL:
         by, of = room(found.by), room(found.of)
