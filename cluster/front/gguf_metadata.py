@@ -80,11 +80,11 @@ class GgufMetadata:
 
 def read_gguf_metadata(path: Path) -> GgufMetadata:
     """Raises `UnsupportedModel` when the file is no GGUF, is cut short or has another version."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return GgufMetadata(path, _Walk(data).values())
-        except (struct.error, UnicodeDecodeError, ValueError) as error:
-            raise UnsupportedModel(f"{path} can't be read as GGUF: {error}") from error
+    except (struct.error, ValueError, OSError) as error:
+        raise UnsupportedModel(f"{path} can't be read as GGUF: {error}") from error
 
 
 class _Walk:

@@ -63,12 +63,12 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     else:
         raise UnsupportedModel(f"{path}: tokenizer {kind!r} isn't supported; these are: gpt2, llama")
     ends = _end_ids(metadata, words)
-    bos_id = metadata.whole("tokenizer.ggml.bos_token_id")
+    bos_id = _word_id(metadata, words, "bos")
     return Vocabulary(
         tokenizer=tokenizer,
         spelling=spelling,
         special=special_tokens(tokenizer, ends if bos_id is None else ends | {bos_id}),
-        unknown_id=metadata.whole("tokenizer.ggml.unknown_token_id"),
+        unknown_id=_word_id(metadata, words, "unknown"),
         bos_id=bos_id if metadata.flag("tokenizer.ggml.add_bos_token", default=bos) else None,
         eos_token_ids=ends,
         size=len(words.texts),
@@ -84,32 +84,44 @@ def _words(metadata: GgufMetadata) -> _Words:
         raise UnsupportedModel(f"{metadata.path} holds no tokenizer (no tokenizer.ggml.tokens)")
     kinds = [int(kind) for kind in metadata.numbers("tokenizer.ggml.token_type")] or [_NORMAL] * len(texts)
     scores = metadata.numbers("tokenizer.ggml.scores") or [0.0] * len(texts)
+    if len(set(texts)) != len(texts):
+        raise UnsupportedModel(f"{metadata.path}: {len(texts) - len(set(texts))} tokens occur twice")
     if not len(texts) == len(kinds) == len(scores):
         raise UnsupportedModel(f"{metadata.path}: {len(texts)} tokens, {len(kinds)} token types, {len(scores)} scores")
     return _Words(texts=texts, kinds=kinds, scores=scores)
 
 
+def _word_id(metadata: GgufMetadata, words: _Words, name: str) -> int | None:
+    token = metadata.whole(f"tokenizer.ggml.{name}_token_id")
+    if token is not None and not 0 <= token < len(words.texts):
+        raise UnsupportedModel(f"{metadata.path}: {name} token {token} of {len(words.texts)}")
+    return token
+
+
 def _byte_level(metadata: GgufMetadata, words: _Words) -> tuple[Tokenizer, Spelling, bool]:
     name = metadata.text("tokenizer.ggml.pre") or "default"
-    model = BPE(words.ids(), _merges(metadata), ignore_merges=name in WHOLE_WORDS_FIRST)
+    model = BPE(words.ids(), _merges(metadata, words), ignore_merges=name in WHOLE_WORDS_FIRST)
     tokenizer = _with_added(Tokenizer(model), words)
     tokenizer.pre_tokenizer = byte_level_pre_tokenizer(name)
     return tokenizer, Spelling(byte_level=True), name in BEGINS_WITH_BOS
 
 
-def _merges(metadata: GgufMetadata) -> list[tuple[str, str]]:
+def _merges(metadata: GgufMetadata, words: _Words) -> list[tuple[str, str]]:
+    known = words.ids()
     merges: list[tuple[str, str]] = []
     for line in metadata.texts("tokenizer.ggml.merges"):
         left, _, right = line.partition(" ")
+        if not (left in known and right in known and left + right in known):
+            raise UnsupportedModel(f"{metadata.path}: merge {line!r} is of words that the vocabulary lacks")
         merges.append((left, right))
     return merges
 
 
 def _sentence_pieces(metadata: GgufMetadata, words: _Words) -> tuple[Tokenizer, Spelling, bool]:
-    unknown = metadata.whole("tokenizer.ggml.unknown_token_id")
+    unknown = _word_id(metadata, words, "unknown")
     model = BPE(
         words.ids(),
-        _merges(metadata) or _merges_by_score(words),
+        _merges(metadata, words) or _merges_by_score(words),
         unk_token=None if unknown is None else words.texts[unknown],
         fuse_unk=True,
         byte_fallback=True,
@@ -148,7 +160,7 @@ def _with_added(tokenizer: Tokenizer, words: _Words) -> Tokenizer:
 
 
 def _end_ids(metadata: GgufMetadata, words: _Words) -> frozenset[int]:
-    declared = (metadata.whole(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
+    declared = (_word_id(metadata, words, name) for name in _ENDS)
     control = zip(words.texts, words.kinds, strict=True)
     known = (token for token, (text, kind) in enumerate(control) if kind == _CONTROL and text in _END_WORDS)
     return frozenset((*(token for token in declared if token is not None), *known))
@@ -163,5 +175,5 @@ def _context_length(metadata: GgufMetadata) -> int:
 
 
 def _template_tokens(metadata: GgufMetadata, words: _Words) -> dict[str, str]:
-    ids = {role: metadata.whole(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
+    ids = {role: _word_id(metadata, words, name) for role, name in _ROLES.items()}
     return {role: words.texts[token] for role, token in ids.items() if token is not None}
