@@ -7,6 +7,15 @@ import pytest
 from cluster.models import DEFAULT_MODEL, resolve
 from diptych.types import ModelSource
 
+LATE = ("slow", "e2e", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What answers in a moment first, what starts a cluster last."""
+    items.sort(
+        key=lambda item: max((LATE.index(mark.name) for mark in item.iter_markers() if mark.name in LATE), default=-1)
+    )
+
 
 @pytest.fixture(scope="session")
 def default_model() -> ModelSource:
