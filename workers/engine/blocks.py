@@ -18,11 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from diptych.types import BlockHash, BlockId, Evicted, KvEvent, Stored
+from diptych.types import BlockId
+from workers.engine.block_names import BlockNames
 from workers.engine.eviction import EvictionOrder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from diptych.types import BlockHash, KvEvent
 
 Kind: TypeAlias = Literal["sequence", "ticket", "lease"]
 _KINDS: tuple[Kind, ...] = ("sequence", "ticket", "lease")
@@ -49,11 +52,8 @@ class BlockPool:
         self._owners: dict[str, _Owner] = {}
         self._refs: dict[Kind, list[int]] = {kind: [0] * size for kind in _KINDS}
         self._in_use: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
-        self._names: list[BlockHash | None] = [None] * size
-        self._by_name: dict[BlockHash, BlockId] = {}
+        self._names = BlockNames(size)
         self._generations = [0] * size
-        self._stored: dict[BlockHash, None] = {}
-        self._evicted: dict[BlockHash, None] = {}
 
     # ---- counts: free + cached + held + granted + lent == size --------------------------------
 
@@ -123,14 +123,11 @@ class BlockPool:
 
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """How many leading names are here, in use or cached."""
-        for count, name in enumerate(hashes):
-            if name not in self._by_name:
-                return count
-        return len(hashes)
+        return len(self._names.leading(hashes))
 
     def acquire(self, hashes: Sequence[BlockHash], owner: str) -> list[BlockId]:
         """The leading blocks that are here, now `owner`'s too."""
-        blocks = [self._by_name[name] for name in hashes[: self.match(hashes)]]
+        blocks = self._names.leading(hashes)
         for block in blocks:
             if block in self._cached:
                 self._cached.remove(block)
@@ -141,13 +138,7 @@ class BlockPool:
         """The block's content is complete. False: another block has that name, this one stays anonymous."""
         assert block in self._owners[owner].blocks, f"{owner} does not hold block {block}"
         assert self._owners[owner].kind != "ticket", f"{owner} is not committed: block {block} has no content"
-        if name in self._by_name:
-            return self._by_name[name] == block
-        assert self._names[block] is None, f"block {block} already has another name"
-        self._names[block] = name
-        self._by_name[name] = block
-        self._note_stored(name)
-        return True
+        return self._names.give(block, name)
 
     # ---- owners -------------------------------------------------------------------------------
 
@@ -207,14 +198,11 @@ class BlockPool:
 
     def events(self) -> list[KvEvent]:
         """The net change in names since the last call: what came and went in between is not told."""
-        gone, here = tuple(self._evicted), tuple(self._stored)
-        self._evicted.clear()
-        self._stored.clear()
-        return [*([Evicted(gone)] if gone else []), *([Stored(here)] if here else [])]
+        return self._names.events()
 
     def snapshot(self) -> tuple[BlockHash, ...]:
         """All names, for a full report. It replaces pending `events`: drain those first."""
-        return tuple(self._by_name)
+        return self._names.snapshot()
 
     def clear(self) -> None:
         """Cached content is forgotten; what is in use stays, with its names."""
@@ -234,11 +222,7 @@ class BlockPool:
 
     def _evict(self) -> BlockId:
         block = self._cached.pop()
-        name = self._names[block]
-        assert name is not None, f"cached block {block} has no name"
-        self._names[block] = None
-        del self._by_name[name]
-        self._note_evicted(name)
+        self._names.forget(block)
         return block
 
     def _hold(self, block: BlockId, owner: str, kind: Kind) -> None:
@@ -256,10 +240,10 @@ class BlockPool:
         self._refs[kind][block] -= 1
         if self._place(block) is not None:
             self._count(block, +1)
-        elif self._names[block] is None:
-            self._free.append(block)
-        else:
+        elif self._names.is_named(block):
             self._cached.push(block)
+        else:
+            self._free.append(block)
 
     def _place(self, block: BlockId) -> Kind | None:
         for kind in _KINDS:
@@ -271,18 +255,6 @@ class BlockPool:
         place = self._place(block)
         if place is not None:
             self._in_use[place] += change
-
-    def _note_stored(self, name: BlockHash) -> None:
-        if name in self._evicted:
-            del self._evicted[name]
-        else:
-            self._stored[name] = None
-
-    def _note_evicted(self, name: BlockHash) -> None:
-        if name in self._stored:
-            del self._stored[name]
-        else:
-            self._evicted[name] = None
 
     def check(self) -> None:
         """Every block in exactly one place, every reference with its owner, every name findable."""
@@ -297,14 +269,6 @@ class BlockPool:
         assert len(places) == len(set(places)) == self._size, "a block is lost or in two places"
         for kind in _KINDS:
             assert self._in_use[kind] == sum(self._place(block) == kind for block in used), f"{kind} miscounted"
-        self._check_names()
-
-    def _check_names(self) -> None:
-        named = {block: name for block, name in enumerate(self._names) if name is not None}
-        assert {name: block for block, name in named.items()} == self._by_name, "a name is lost or double"
-        assert len(named) == len(self._by_name), "two blocks share a name"
-        assert all(block in named for block in self._cached), "a cached block has no name"
-        assert not any(block in named for block in self._free), "a free block has a name"
-        assert not self._stored.keys() & self._evicted.keys(), "stored and evicted at once"
-        assert self._stored.keys() <= self._by_name.keys(), "told as stored and not here"
-        assert not self._evicted.keys() & self._by_name.keys(), "told as evicted and here"
+        self._names.check()
+        assert all(self._names.is_named(block) for block in self._cached), "a cached block has no name"
+        assert not any(self._names.is_named(block) for block in self._free), "a free block has a name"
