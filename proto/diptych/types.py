@@ -207,8 +207,7 @@ class KvTicket:
     generations: tuple[int, ...]
     lease_seconds: float
     link: LinkKind
-    address: PairAddress | None
-    """None for a link that needs no meeting point (loopback)."""
+    address: PairAddress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,11 +238,9 @@ class PrefillOrder:
 class PrefillDone:
     """Prefill's word that the prompt is computed and the first token on its way to the front."""
 
-    request: RequestId
-    attempt: int
-    first_token: int
-    finished: bool
-    """The answer ended at its first token: nothing more will be sent."""
+    first: Emission
+    """As sent to the front. With a `finish` the answer is over and nothing more will be sent;
+    without, decode sends it once more, for the front of a prefill worker that died meanwhile."""
     computed_tokens: int
     cached_tokens: int
 

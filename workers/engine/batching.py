@@ -40,6 +40,11 @@ class StepPlan:
     """Hand-offs that got their room: their tickets can be written."""
     preempted: tuple[Sequence, ...]
 
+    @property
+    def computing(self) -> tuple[Sequence, ...]:
+        """Everyone with a token in this step. A prompt's last token alone counts as a decode."""
+        return (*self.decodes, *(work.sequence for work in self.chunks))
+
 
 class Batcher:
     """Waiting and running sequences of one engine, in order of arrival."""

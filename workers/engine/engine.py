@@ -120,9 +120,17 @@ class Engine:
     # ---- a step -----------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
-        """Compute one batch. With nothing to compute it only admits."""
+        """Plan and execute."""
+        return self.execute(self.plan())
+
+    def plan(self) -> StepPlan:
+        """Who computes what next; their blocks are reserved from now on."""
         plan = self.batcher.plan()
         self._preemptions += len(plan.preempted)
+        return plan
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the batch. A plan without tokens is done at once."""
         if not plan.decodes and not plan.chunks:
             return StepResult(plan=plan, sampled=(), failed=())
         ready = [*plan.decodes, *(work.sequence for work in plan.chunks if work.count == work.sequence.remaining)]

@@ -1,0 +1,192 @@
+"""The one thread that touches an engine: takes what others post, steps, tells what came of it.
+
+Knows roles and reports; not Ray, and not what a post means.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from diptych.types import Counters, FrontId, KvEvent, Load, Outgoing, Stored
+from workers.decode import DecodeRole
+from workers.engine.engine import Engine
+from workers.prefill import PrefillRole
+
+_IDLE_SECONDS = 0.25
+"""An idle engine looks at its leases this often."""
+_REPORT_SECONDS = 0.05
+"""Changes are told at most this often, and at once when the engine falls idle."""
+_HEARTBEAT_SECONDS = 1.0
+"""Told even when nothing changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a report says, but its numbering."""
+
+    load: Load
+    counters: Counters
+    events: tuple[KvEvent, ...]
+    full: bool
+
+
+class Listener(Protocol):
+    """Who hears of the engine. Called on its thread: hand over and return."""
+
+    def step_done(self, outgoing: Mapping[FrontId, list[Outgoing]]) -> None: ...
+
+    def changed(self, snapshot: Snapshot) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """An engine and both roles on it: which ones get work is the scheduler's business."""
+
+    engine: Engine
+    prefill: PrefillRole
+    decode: DecodeRole
+
+
+class EngineThread:
+    """`post` from anywhere; everything else happens on the thread."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._torch_threads = threads
+        self._thread = threading.Thread(target=self._main, name=f"engine-{name}", daemon=True)
+        self._build: Callable[[], tuple[Roles, Listener, Callable[[], Mapping[FrontId, list[Outgoing]]]]] | None = None
+        self._ready: Callable[[Roles | BaseException], None] = _nobody
+        self._moved = time.monotonic()
+        self._busy = False
+        self._want_full = True
+        self._leaked = 0
+
+    def start(
+        self,
+        build: Callable[[], tuple[Roles, Listener, Callable[[], Mapping[FrontId, list[Outgoing]]]]],
+        ready: Callable[[Roles | BaseException], None],
+    ) -> None:
+        """`build` makes the roles, on the thread; `ready` hears of them, or of what went wrong."""
+        self._build, self._ready = build, ready
+        self._thread.start()
+
+    def post(self, what: Callable[..., None], *arguments: object) -> None:
+        """Do this between two steps."""
+        self._inbox.put((what, arguments))
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """After the step under way. Whether it stopped."""
+        self._inbox.put(None)
+        if self._thread.ident is None:
+            return True
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def request_full_report(self) -> None:
+        """The next snapshot tells all, not what changed."""
+        self.post(self._full_wanted)
+
+    def _full_wanted(self) -> None:
+        self._want_full = True
+
+    def silent_seconds(self) -> float:
+        """How long a busy engine has not come round; 0 when idle."""
+        return time.monotonic() - self._moved if self._busy else 0.0
+
+    # ---- the thread ---------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        # From the thread itself: set from another one, every step starts a new OpenMP team.
+        torch.set_num_threads(self._torch_threads)
+        assert self._build is not None
+        try:
+            roles, listener, take_step = self._build()
+        except BaseException as error:  # the thread's last door: whoever waits for `ready` raises it
+            self._ready(error)
+            return
+        self._ready(roles)
+        try:
+            self._run(roles, listener, take_step)
+        finally:
+            roles.prefill.close()
+            roles.decode.close()
+
+    def _run(
+        self, roles: Roles, listener: Listener, take_step: Callable[[], Mapping[FrontId, list[Outgoing]]]
+    ) -> None:
+        engine, reported, progress, dirty = roles.engine, 0.0, False, True
+        while (heard := self._drain(wait=not progress)) is not None:
+            self._moved, self._busy = time.monotonic(), True
+            roles.prefill.tick()
+            roles.decode.tick()
+            plan = engine.plan()
+            roles.decode.before_step(plan)
+            roles.prefill.before_step(plan)
+            result = engine.execute(plan)
+            roles.decode.after_step(result)
+            roles.prefill.after_step(result)
+            if outgoing := take_step():
+                listener.step_done(outgoing)
+            progress = bool(plan.decodes or plan.chunks or plan.granted or plan.preempted)
+            dirty = dirty or progress or heard > 0
+            now = time.monotonic()
+            age = now - reported
+            settled = dirty and not progress
+            if settled or (dirty and age >= _REPORT_SECONDS) or age >= _HEARTBEAT_SECONDS or self._want_full:
+                listener.changed(self._snapshot(roles, audit=settled))
+                reported, dirty = now, False
+            self._busy = False
+
+    def _drain(self, *, wait: bool) -> int | None:
+        """Do what was posted; with nothing to compute, wait for it. How much, or None to stop."""
+        done = 0
+        try:
+            item = self._inbox.get(block=wait, timeout=_IDLE_SECONDS if wait else None)
+            while item is not None:
+                what, arguments = item
+                what(*arguments)
+                done += 1
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return done
+        return None
+
+    def _snapshot(self, roles: Roles, *, audit: bool) -> Snapshot:
+        engine = roles.engine
+        events = tuple(engine.pool.events())
+        full, self._want_full = self._want_full, False
+        if full:
+            events = (Stored(engine.pool.snapshot()),)
+        return Snapshot(engine.load(), self._counters(roles, audit=audit), events, full)
+
+    def _counters(self, roles: Roles, *, audit: bool) -> Counters:
+        prefill, decode, engine = roles.prefill.counters, roles.decode.counters, roles.engine
+        if audit:
+            engine.pool.check()
+            known = roles.prefill.owners() | roles.decode.owners()
+            strangers = [owner for owner in engine.pool.owners() if owner not in known]
+            self._leaked = sum(len(engine.pool.blocks_of(owner)) for owner in strangers)
+        return replace(
+            engine.counters(),
+            requests_finished=decode.finished,
+            requests_cancelled=decode.cancelled + prefill.cancelled,
+            blocks_sent=prefill.blocks_sent,
+            bytes_sent=prefill.bytes_sent,
+            blocks_received=decode.blocks_received,
+            bytes_received=decode.bytes_received,
+            transfers_committed=decode.committed,
+            transfers_failed=decode.failed + prefill.failed,
+            leaked_blocks=self._leaked,
+            engine_cpu_seconds=time.thread_time(),
+        )
+
+
+def _nobody(_: Roles | BaseException) -> None:
+    """Nobody waits."""

@@ -1,0 +1,1 @@
+"""How KV blocks cross from one worker to another: states, links, pairs. Knows no request's meaning."""

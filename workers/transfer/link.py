@@ -1,0 +1,184 @@
+"""A two-rank process group between one sender and one receiver. Knows bytes, not blocks.
+
+gloo between CPUs, NCCL between GPUs, by the same class. No default group, no world: members come
+and go, and a death touches one pair. Every call is made by the pair's one link thread, but `close`,
+which any thread may call to end a wait at once.
+
+Facts this rests on (torch 2.13): a timed-out gloo `wait` closes the pair for good, so a timeout is
+an end and never a poll; gloo's `abort` leaves a waiting receive blocked, shutting the pair's
+sockets wakes it; NCCL ignores tags, so order is the only match.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diptych.errors import TransferFailed
+from diptych.types import LinkKind, PairAddress
+
+Side = Literal["sender", "receiver"]
+_RANK: dict[Side, int] = {"sender": 0, "receiver": 1}
+
+
+class MeetingPlace:
+    """The store where a receiver's pairs rendezvous, on a socket it bound itself.
+
+    TCPStore given a port listens on all addresses; given a bound socket it listens there only.
+    """
+
+    def __init__(self, host: str, timeout_seconds: float) -> None:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.bind((host, 0))
+        listener.listen()
+        self.host = host
+        self.port: int = listener.getsockname()[1]
+        self._store = dist.TCPStore(
+            host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_seconds),
+            master_listen_fd=listener.detach(),
+        )
+
+    def join(self) -> dist.Store:
+        """A connection of the caller's own: a blocked `get` stalls every user of its client."""
+        return self._store.clone()
+
+
+class PairLink:
+    """One direction between two workers: rank 0 sends, rank 1 receives."""
+
+    def __init__(self, kind: LinkKind, side: Side, host: str, device: torch.device, timeout_seconds: float) -> None:
+        """`host` is this side's own address; `timeout_seconds` bounds every wait."""
+        self._kind = kind
+        self._side: Side = side
+        self._host = host
+        self._device = device
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+        self._sockets: tuple[socket.socket, ...] = ()
+        self._closed = threading.Event()
+
+    def open(self, address: PairAddress, place: MeetingPlace | None = None) -> None:
+        """Meet the other side; both call it. Raises TransferFailed within the timeout."""
+        key = f"{address.key}/{address.epoch}"
+        try:
+            store = place.join() if place else self._dial(address)
+            store.set_timeout(self._timeout)
+            prefixed = dist.PrefixStore(key, store)
+            if self._kind == "gloo":
+                self._open_gloo(prefixed)
+            else:
+                self._open_nccl(prefixed)
+        except RuntimeError as error:  # DistStoreError and gloo's timeouts are RuntimeErrors
+            raise TransferFailed(f"pair {key} did not meet within {self._timeout}: {error}") from error
+        if place:
+            self._forget(store, key)
+
+    def send(self, packed: Tensor) -> None:
+        """packed: [bytes] uint8. Returns when the receiver has it (gloo) or it left (NCCL)."""
+        assert self._side == "sender"
+        self._run(packed.to(self._device))
+
+    def receive(self, nbytes: int) -> Tensor:
+        """The next `nbytes` of the pair: [nbytes] uint8 in a new buffer, pinned by nobody else."""
+        assert self._side == "receiver"
+        packed = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        self._run(packed)
+        return packed
+
+    def close(self) -> None:
+        """Idempotent, from any thread: ends a wait under way, never waits itself."""
+        self._closed.set()
+        for end in self._sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        if self._kind == "nccl" and self._group is not None:
+            self._group.abort()  # never destroy: that is a collective and hangs on a dead peer
+
+    def _run(self, packed: Tensor) -> None:
+        if self._closed.is_set() or self._group is None:
+            raise TransferFailed("the pair is closed")
+        peer = 1 - _RANK[self._side]
+        try:
+            run = self._group.send if self._side == "sender" else self._group.recv
+            # With a timeout NCCL's wait, too, blocks this thread until the data moved.
+            run([packed], peer, 0).wait(self._timeout)
+        except RuntimeError as error:
+            raise TransferFailed(f"the pair broke: {error}") from error
+
+    def _dial(self, address: PairAddress) -> dist.TCPStore:
+        return dist.TCPStore(
+            address.host, address.port, is_master=False, wait_for_workers=False, timeout=self._timeout
+        )
+
+    def _open_gloo(self, store: dist.Store) -> None:
+        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]  # pyright: ignore
+        options._timeout = self._timeout
+        options._threads = 1  # pyright: ignore
+        before = _open_files()
+        self._group = dist.ProcessGroupGloo(store, _RANK[self._side], 2, options)
+        candidates = _connected(_open_files() - before)
+        self._sockets = self._agree(store, candidates)
+
+    def _open_nccl(self, store: dist.Store) -> None:
+        # The default tears the process down on an error; timeouts are ours to own.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        options.config.max_ctas = 4  # a transfer must not take the SMs that compute needs
+        self._group = dist.ProcessGroupNCCL(store, _RANK[self._side], 2, options)
+        self._group.eager_connect_single_device(self._device)
+
+    def _agree(self, store: dist.Store, candidates: dict[tuple[str, ...], socket.socket]) -> tuple[socket.socket, ...]:
+        """The sockets that both sides hold an end of: no other is ever shut."""
+        mine, theirs = f"ends/{self._side}", f"ends/{'receiver' if self._side == 'sender' else 'sender'}"
+        store.set(mine, json.dumps([list(ends) for ends in candidates]))
+        other = {tuple(ends) for ends in json.loads(store.get(theirs))}
+        kept: list[socket.socket] = []
+        for (here, there), end in candidates.items():
+            if (there, here) in other:
+                kept.append(end)
+            else:
+                end.close()
+        return tuple(kept)
+
+    def _forget(self, store: dist.Store, key: str) -> None:
+        """Both sides are through the rendezvous: its keys are of no use to anyone."""
+        store.set(f"{key}/met", "")
+        for name in store.list_keys():
+            # The sender may still read ours; its own reading ends with the exchange of ends.
+            if key in name and not name.endswith(("ends/receiver", "/met")):
+                store.delete_key(name)
+
+
+def _open_files() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}
+
+
+def _connected(files: set[int]) -> dict[tuple[str, ...], socket.socket]:
+    """Duplicates of the TCP connections among these descriptors: (our end, their end) → socket."""
+    found: dict[tuple[str, ...], socket.socket] = {}
+    for number in files:
+        try:
+            end = socket.socket(fileno=os.dup(number))
+        except OSError:
+            continue  # gone again, or not a socket
+        try:
+            found[f"{end.getsockname()}", f"{end.getpeername()}"] = end
+        except OSError:
+            end.close()
+    return found

@@ -1,0 +1,134 @@
+"""A pair's one thread: opens the link, then moves parcels in order. Knows parcels, not requests.
+
+The engine's thread hands buffers in and is called back; it never waits for a link.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from diptych.errors import TransferFailed
+from diptych.types import KvParcel, PairAddress
+from workers.transfer.checksum import Verifier
+from workers.transfer.link import MeetingPlace, PairLink
+
+Broken = Callable[[TransferFailed], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipment:
+    """A packed parcel on its way to the link thread; `announce` tells the receiver to expect it."""
+
+    parcel: KvParcel
+    packed: Tensor
+    announce: Callable[[KvParcel], None]
+    sent: Callable[[KvParcel], None]
+
+
+class SenderPair:
+    """The sending end. `on_broken` is called once, from the link thread, and ends the pair."""
+
+    def __init__(self, link: PairLink, address: PairAddress, verifier: Verifier, on_broken: Broken) -> None:
+        self.address: Final = address
+        self._link = link
+        self._verifier = verifier
+        self._on_broken = on_broken
+        self._queue: queue.SimpleQueue[Shipment | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"send-{address.key}", daemon=True)
+        self._thread.start()
+
+    def ship(self, shipment: Shipment) -> None:
+        self._queue.put(shipment)
+
+    def close(self) -> None:
+        """Idempotent; a send under way ends at once."""
+        self._link.close()
+        self._queue.put(None)
+
+    def wait_closed(self, timeout_seconds: float) -> bool:
+        """Whether the thread has ended."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        sequence = 0
+        try:
+            self._link.open(self.address)
+            while (shipment := self._queue.get()) is not None:
+                packed = shipment.packed.cpu()
+                parcel = _numbered(shipment.parcel, sequence, self._verifier.checksum(packed, sequence))
+                sequence += 1
+                # Announced before it is sent: the receiver posts its receive on our word, never on a guess.
+                shipment.announce(parcel)
+                self._link.send(shipment.packed)
+                shipment.sent(parcel)
+        except TransferFailed as error:
+            self._link.close()
+            self._on_broken(error)
+
+
+class ReceiverPair:
+    """The receiving end: parcels are received in the order of their numbers, however announced."""
+
+    def __init__(
+        self,
+        link: PairLink,
+        address: PairAddress,
+        place: MeetingPlace,
+        on_landed: Callable[[KvParcel, Tensor], None],
+        on_broken: Broken,
+    ) -> None:
+        self.address: Final = address
+        self._link = link
+        self._place = place
+        self._on_landed = on_landed
+        self._on_broken = on_broken
+        self._announced: queue.SimpleQueue[KvParcel | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"receive-{address.key}", daemon=True)
+        self._thread.start()
+
+    def expect(self, parcel: KvParcel) -> None:
+        """The sender announced it. Any thread may call."""
+        self._announced.put(parcel)
+
+    def close(self) -> None:
+        """Idempotent; a receive under way ends at once."""
+        self._link.close()
+        self._announced.put(None)
+
+    def wait_closed(self, timeout_seconds: float) -> bool:
+        """Whether the thread has ended."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        announced: dict[int, KvParcel] = {}
+        expected = 0
+        try:
+            self._link.open(self.address, self._place)
+            while (parcel := self._announced.get()) is not None:
+                announced[parcel.sequence] = parcel
+                while (parcel := announced.pop(expected, None)) is not None:
+                    self._on_landed(parcel, self._link.receive(parcel.nbytes))
+                    expected += 1
+        except TransferFailed as error:
+            self._link.close()
+            self._on_broken(error)
+
+
+def _numbered(parcel: KvParcel, sequence: int, checksum: bytes | None) -> KvParcel:
+    return KvParcel(
+        transfer=parcel.transfer,
+        epoch=parcel.epoch,
+        sequence=sequence,
+        first=parcel.first,
+        count=parcel.count,
+        nbytes=parcel.nbytes,
+        checksum=checksum,
+    )

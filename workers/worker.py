@@ -1,0 +1,226 @@
+"""A worker one can hold in a test: an engine thread, both roles, and the calls that reach them.
+
+Lives on one event loop. Knows no Ray: peers and the scheduler are objects with async methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from diptych.errors import Draining, InvalidRequest, PromptTooLong
+from diptych.types import (
+    FrontId,
+    KvParcel,
+    KvTicket,
+    Outgoing,
+    Placement,
+    PrefillDone,
+    PrefillOrder,
+    Report,
+    Request,
+    RequestId,
+    TransferId,
+    WorkerId,
+    WorkerInfo,
+    WorkerSpec,
+)
+from diptych.errors import ServingError
+from workers.calls import Calls
+from workers.decode import DecodeRole
+from workers.engine.engine import Engine, EngineLimits
+from workers.engine.model import Model
+from workers.engine.weights import TORCH_DTYPE, load_weights
+from workers.engine_thread import EngineThread, Roles, Snapshot
+from workers.memory import kv_bytes
+from workers.outbox import Outbox
+from workers.peers import Peer
+from workers.prefill import PrefillRole
+from workers.reporter import Reporter
+from workers.transfer.link import MeetingPlace
+
+T = TypeVar("T")
+
+
+class Worker:
+    """`start` first, `meet` the others, then requests; `stop` ends everything it began."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self._loop = asyncio.get_running_loop()
+        self._engine = EngineThread(spec.id, spec.threads)
+        self._calls = Calls(self._engine.post, spec.lease_seconds)
+        self._outbox = Outbox(self.front_left)
+        self._reporter = Reporter(spec.id, spec.epoch, self._engine.request_full_report)
+        self._arrivals = itertools.count()
+        self._stopping = False
+        self._roles: Roles
+        self.info: WorkerInfo
+
+    # ---- life -----------------------------------------------------------------------------------------
+
+    async def start(self) -> WorkerInfo:
+        """Load the model. Raises what went wrong there."""
+        ready: asyncio.Future[Roles] = self._loop.create_future()
+
+        def hear(outcome: Roles | BaseException) -> None:
+            if isinstance(outcome, BaseException):
+                self._loop.call_soon_threadsafe(ready.set_exception, outcome)
+            else:
+                self._loop.call_soon_threadsafe(ready.set_result, outcome)
+
+        self._engine.start(lambda: (self._build(), self, self._calls.take_step), hear)
+        self._roles = await ready
+        self.info = self._describe(self._roles.engine)
+        return self.info
+
+    def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
+        """All the other members, from now on."""
+        self._calls.meet(dict(peers))
+
+    def report_to(self, report: Callable[[Report], Awaitable[bool]]) -> None:
+        """Where reports go. A new scheduler gets a full one."""
+        self._reporter.report_to(report)
+
+    async def stop(self, timeout_seconds: float = 10.0) -> bool:
+        """Streams end, links close, the engine stops after its step. Whether all did in time."""
+        self._stopping = True
+        stopped = await asyncio.to_thread(self._engine.stop, timeout_seconds)
+        self._calls.close()
+        self._reporter.close()
+        self._outbox.close()
+        return stopped
+
+    # ---- fronts -----------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request, attempt: int, placement: Placement) -> None:
+        """Own the request. Raises PromptTooLong when it could never fit, Draining when going away."""
+        if self._stopping:
+            raise Draining(f"{self.spec.id} is stopping")
+        self._check_fits(request)
+        self._engine.post(self._submit, request, attempt, placement)
+
+    def _submit(self, request: Request, attempt: int, placement: Placement) -> None:
+        self._roles.decode.submit(request, attempt, placement, next(self._arrivals))
+
+    async def cancel(self, request: RequestId, attempt: int) -> None:
+        """Idempotent; takes effect before the next step."""
+        self._engine.post(self._roles.decode.cancel, request, attempt)
+
+    def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
+        """All tokens for this front."""
+        return self._outbox.read(front)
+
+    def front_left(self, front: FrontId) -> None:
+        """Nobody reads its answers any more."""
+        self._engine.post(self._roles.decode.cancel_all, front)
+
+    # ---- peers (workers.peers.Peer) -----------------------------------------------------------------------
+
+    async def run(self, order: PrefillOrder) -> PrefillDone:
+        return await self._answered(lambda reply: self._roles.prefill.run(order, next(self._arrivals), reply))
+
+    async def is_pending(self, request: RequestId, attempt: int) -> bool:
+        alive = self._engine.silent_seconds() < self.spec.lease_seconds
+        return alive and self._roles.prefill.is_pending(request, attempt)
+
+    async def committed(self, transfer: TransferId) -> None:
+        self._engine.post(self._roles.prefill.committed, transfer)
+
+    async def withdraw(self, request: RequestId, attempt: int) -> None:
+        self._engine.post(self._roles.prefill.withdraw, request, attempt)
+
+    async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
+        return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))
+
+    async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
+        self._roles.decode.expect(sender, parcel)
+
+    async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
+        self._engine.post(self._roles.decode.transfer_failed, request, attempt, reason)
+
+    # ---- the engine's thread (Listener) ---------------------------------------------------------------------
+
+    def step_done(self, outgoing: Mapping[FrontId, list[Outgoing]]) -> None:
+        self._loop.call_soon_threadsafe(self._outbox.put, outgoing)
+
+    def changed(self, snapshot: Snapshot) -> None:
+        self._loop.call_soon_threadsafe(self._reporter.add, snapshot)
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    async def _answered(self, ask: Callable[[Callable[[T | ServingError], None]], None]) -> T:
+        """Ask a role something on the engine's thread; its answer comes back here."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def settle(answer: T | ServingError) -> None:
+            if future.done():
+                return  # whoever asked was cancelled meanwhile
+            if isinstance(answer, ServingError):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+        def reply(answer: T | ServingError) -> None:
+            self._loop.call_soon_threadsafe(settle, answer)
+
+        self._engine.post(ask, reply)
+        return await future
+
+    def _check_fits(self, request: Request) -> None:
+        needed, limit = len(request.tokens) + request.params.max_tokens, self.info.max_context
+        if needed > limit:
+            raise PromptTooLong(
+                f"{len(request.tokens)} prompt tokens and {request.params.max_tokens} to generate are {needed}, "
+                f"{self.spec.id} holds {limit}: shorten the prompt, lower max_tokens or raise kv.memory",
+                param="max_tokens",
+            )
+
+    def _build(self) -> Roles:
+        spec, device = self.spec, torch.device(self.spec.device)
+        weights = load_weights(spec.model, spec.dtype, cache=Path(spec.cache) if spec.cache else None)
+        config = weights.config
+        width = torch.empty(0, dtype=TORCH_DTYPE[spec.dtype]).element_size()
+        block_bytes = config.layers * 2 * config.kv_heads * spec.block_size * config.head_dim * width
+        model = Model(weights, max_context=config.context, device=device)
+        blocks = kv_bytes(spec.memory_bytes, device) // block_bytes
+        if blocks < 2:
+            raise InvalidRequest(
+                f"kv.memory holds {blocks} blocks of {block_bytes} bytes; at least 2 are needed", param="kv.memory"
+            )
+        # More than every running sequence at full length is never used.
+        blocks = min(blocks, spec.max_running * -(-config.context // spec.block_size))
+        limits = EngineLimits(
+            block_size=spec.block_size,
+            blocks=blocks,
+            max_batch_tokens=spec.max_batch_tokens,
+            max_running=spec.max_running,
+            max_context=min(config.context, blocks * spec.block_size),
+        )
+        engine = Engine(model, limits, dtype=spec.dtype, device=device)
+        place = MeetingPlace(spec.host, spec.lease_seconds)
+        prefill = PrefillRole(engine, spec, self._calls, self._engine.post)
+        decode = DecodeRole(engine, spec, self._calls, self._engine.post, place)
+        return Roles(engine=engine, prefill=prefill, decode=decode)
+
+    def _describe(self, engine: Engine) -> WorkerInfo:
+        return WorkerInfo(
+            id=self.spec.id,
+            role=self.spec.role,
+            epoch=self.spec.epoch,
+            build=self.spec.build,
+            model_digest=self.spec.model.digest,
+            layout=engine.layout,
+            blocks=engine.limits.blocks,
+            max_context=engine.limits.max_context,
+            device=self.spec.device,
+            host=self.spec.host,
+            pid=os.getpid(),
+            threads=self.spec.threads,
+        )
