@@ -175,6 +175,17 @@ def test_clear_forgets_what_is_cached_and_keeps_what_is_in_use() -> None:
     assert set(pool.snapshot()) == set(names("ac"))
 
 
+def test_reuse_ends_at_the_first_name_that_is_gone() -> None:
+    pool = BlockPool(2)
+    blocks = fill(pool, "ab", "r1")
+    pool.release_blocks(blocks[:1], "r1")
+    pool.clear()
+    assert pool.snapshot() == tuple(names("b"))
+    assert pool.match(names("ab")) == 0
+    assert pool.acquire(names("ab"), "r2") == []
+    assert counts(pool) == (1, 0, 1, 0, 0)
+
+
 def test_some_of_an_owners_blocks_can_go_back_early() -> None:
     pool = BlockPool(4)
     blocks = fill(pool, "abc", "r1")
