@@ -128,15 +128,16 @@ class EventStream:
         try:
             await self._produce(emit)
         except ServingError as error:
-            await self._end_with(send, error)
+            await self._emit_error(send, error)
         except ClientStalled:
             raise
         except Exception:
             # The last door: the client learns that it failed, the log learns why.
             if self._started:
-                await self._end_with(send, Internal(f"internal error; request {self._request_id}"))
+                await self._emit_error(send, Internal(f"internal error; request {self._request_id}"))
+                await self._finish(send)
             raise
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._finish(send)
 
     async def _emit(self, send: Send, data: bytes) -> None:
         try:
@@ -148,7 +149,10 @@ class EventStream:
         except TimeoutError as error:
             raise ClientStalled from error
 
-    async def _end_with(self, send: Send, error: ServingError) -> None:
+    async def _emit_error(self, send: Send, error: ServingError) -> None:
         if not self._started:
             raise error
         await self._emit(send, b"data: " + json.dumps(http_error(error).body).encode() + b"\n\n")
+
+    async def _finish(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
