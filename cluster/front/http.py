@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS: Final = 5
 """How long running answers may go on once the server stops."""
+STOP_SECONDS: Final = 5.0
+"""Bound on everything about starting and stopping that takes milliseconds."""
 
 _ID_PREFIXES: Final = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl"}
 
@@ -128,21 +130,23 @@ class HttpServer:
     """A running HTTP front."""
 
     port: int
+    grace_seconds: int
     _server: _EmbeddedServer
     _serving: asyncio.Task[None]
 
     async def stop(self) -> None:
         """Takes no more requests, lets running ones go on for the grace period, then cancels them."""
         self._server.should_exit = True
-        await asyncio.wait((self._serving,), timeout=GRACE_SECONDS + 2)
-        requests = [task for task in self._server.server_state.tasks if not task.done()]
-        if requests:
-            await asyncio.wait(requests, timeout=GRACE_SECONDS)
-        self._server.force_exit = True
-        await asyncio.wait_for(self._serving, GRACE_SECONDS)
+        await asyncio.wait_for(self._serving, self.grace_seconds + STOP_SECONDS)
+        # uvicorn cancels requests without waiting; their generators still have to close.
+        cancelled = [task for task in self._server.server_state.tasks if not task.done()]
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=STOP_SECONDS)
 
 
-async def serve_http(service: Service, host_port: str, metrics: FrontMetrics | None = None) -> HttpServer:
+async def serve_http(
+    service: Service, host_port: str, metrics: FrontMetrics | None = None, *, grace_seconds: int = GRACE_SECONDS
+) -> HttpServer:
     """Listens on "host:port" (port 0: any) in the caller's event loop. Raises OSError when it can't."""
     listener = _listen(host_port)
     config = uvicorn.Config(
@@ -151,13 +155,13 @@ async def serve_http(service: Service, host_port: str, metrics: FrontMetrics | N
         lifespan="off",
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=grace_seconds,
         ws="none",
     )
     server = _EmbeddedServer(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    await asyncio.wait_for(server.listening.wait(), GRACE_SECONDS)
-    return HttpServer(listener.getsockname()[1], server, serving)
+    await asyncio.wait_for(server.listening.wait(), STOP_SECONDS)
+    return HttpServer(listener.getsockname()[1], grace_seconds, server, serving)
 
 
 def _listen(host_port: str) -> socket.socket:

@@ -46,6 +46,8 @@ class ScriptedService:
     max_context: int = 512
     ready: bool = True
     answer: str = "Grüß Gott"
+    widen: int = 1
+    """Each token says its character so many times."""
     fail_at: int | None = None
     """Raises `error` instead of the answer's character at this place."""
     error: Exception | None = None
@@ -66,7 +68,7 @@ class ScriptedService:
                     break
                 await self._mishap(ask, place)
                 completion_tokens += len(tokens)
-                yield Delta(character, tokens, _fingerprints(ask, tokens), ask.params.forced[place : place + 1])
+                yield Delta(character * self.widen, tokens, _fingerprints(ask, tokens), ask.params.forced[place : place + 1])
             finish = "stop" if completion_tokens == len(self.text.encode(self.answer)) else "length"
             yield Delta("", (), finish=finish, usage=self._usage(ask, completion_tokens))
         finally:
@@ -84,8 +86,8 @@ class ScriptedService:
             how="remote",
             prefill_worker="prefill-0",
             decode_worker="decode-0",
-            prompt_tokens_computed=len(ask.tokens) - 3,
-            cached_tokens=3,
+            prompt_tokens_computed=max(0, len(ask.tokens) - 3),
+            cached_tokens=min(3, len(ask.tokens)),
             kv_blocks_sent=2,
             kv_bytes_sent=2048,
         )
@@ -189,8 +191,8 @@ def wire(_servers: Wire, byte_text: TextModel) -> Iterator[Wire]:
     """Both servers, over a service with a fresh script."""
     vars(_servers.service).update(vars(ScriptedService(byte_text)))
     yield _servers
-    for ask in _servers.service.asks:
-        del ask
+    # No test may leave a generator open.
+    for _ in _servers.service.asks:
         _servers.service.closed.get(timeout=WAIT_SECONDS)
 
 

@@ -193,7 +193,9 @@ def test_null_is_absent_and_what_only_says_who_asks_is_ignored(wire: Wire, servi
     assert service.asks[0].params.top_k == 0
 
 
-def test_text_parts_and_the_developers_turn_read_as_plain_messages(api: openai.OpenAI, service: ScriptedService) -> None:
+def test_text_parts_and_the_developers_turn_read_as_plain_messages(
+    api: openai.OpenAI, service: ScriptedService
+) -> None:
     parts = [{"type": "text", "text": "hello"}]
     api.chat.completions.create(
         model="tiny", messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
