@@ -72,6 +72,8 @@ class _Answer:
     computed_elsewhere: int = 0
     cached_elsewhere: int | None = None
     blocks_received: int = 0
+    spoke: bool = False
+    """A token of it was sampled here."""
 
 
 @dataclass(slots=True)
@@ -128,6 +130,10 @@ class DecodeRole:
             self._engine.add(sequence)
         else:
             self._hand_over(answer, placement.prefill)
+
+    def owns(self, request: RequestId, attempt: int) -> bool:
+        """For any thread."""
+        return (request, attempt) in self._answers
 
     def cancel(self, request: RequestId, attempt: int) -> None:
         """Idempotent; one that overtakes its submission leaves a tombstone."""
@@ -331,7 +337,10 @@ class DecodeRole:
 
     def _emit(self, answer: _Answer, sampled: Sampled) -> None:
         request, sequence = answer.request, answer.sequence
-        served = self._served(answer) if sampled.finish else None
+        # Also with the first token from here: a front that finds a stop string ends the answer itself.
+        first = not answer.spoke
+        answer.spoke = True
+        served = self._served(answer) if sampled.finish or first else None
         self._effects.emit(
             request.front,
             Emission(

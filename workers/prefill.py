@@ -189,17 +189,15 @@ class PrefillRole:
         request, sequence = job.order.request, job.sequence
         job.done = True
         finished = sampled.finish is not None
-        served = None
-        if finished:
-            served = Served(
-                how="remote",
-                prefill_worker=self._spec.id,
-                decode_worker=job.order.decode,
-                prompt_tokens_computed=sequence.computed_tokens,
-                cached_tokens=sequence.cached_tokens,
-                kv_blocks_sent=job.blocks_sent,
-                kv_bytes_sent=job.blocks_sent * self._engine.layout.block_bytes,
-            )
+        served = Served(
+            how="remote",
+            prefill_worker=self._spec.id,
+            decode_worker=job.order.decode,
+            prompt_tokens_computed=sequence.computed_tokens,
+            cached_tokens=sequence.cached_tokens,
+            kv_blocks_sent=job.blocks_sent,
+            kv_bytes_sent=job.blocks_sent * self._engine.layout.block_bytes,
+        )
         first = Emission(
             request.id,
             job.order.attempt,

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from diptych.errors import Draining, InvalidRequest, PromptTooLong
+from diptych.build import build_identity
+from diptych.errors import Draining, InvalidRequest, PromptTooLong, ServingError
 from diptych.types import (
     FrontId,
     KvParcel,
@@ -31,7 +32,6 @@ from diptych.types import (
     WorkerInfo,
     WorkerSpec,
 )
-from diptych.errors import ServingError
 from workers.calls import Calls
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine, EngineLimits
@@ -117,6 +117,14 @@ class Worker:
         """All tokens for this front."""
         return self._outbox.read(front)
 
+    def owns(self, request: RequestId, attempt: int) -> bool:
+        """Whether it will still speak for the request: known here, and the engine moves."""
+        return self.silent_seconds() < self.spec.lease_seconds and self._roles.decode.owns(request, attempt)
+
+    def silent_seconds(self) -> float:
+        """How long the engine has not come round while it had work."""
+        return self._engine.silent_seconds()
+
     def front_left(self, front: FrontId) -> None:
         """Nobody reads its answers any more."""
         self._engine.post(self._roles.decode.cancel_all, front)
@@ -127,8 +135,7 @@ class Worker:
         return await self._answered(lambda reply: self._roles.prefill.run(order, next(self._arrivals), reply))
 
     async def is_pending(self, request: RequestId, attempt: int) -> bool:
-        alive = self._engine.silent_seconds() < self.spec.lease_seconds
-        return alive and self._roles.prefill.is_pending(request, attempt)
+        return self.silent_seconds() < self.spec.lease_seconds and self._roles.prefill.is_pending(request, attempt)
 
     async def committed(self, transfer: TransferId) -> None:
         self._engine.post(self._roles.prefill.committed, transfer)
@@ -214,7 +221,7 @@ class Worker:
             id=self.spec.id,
             role=self.spec.role,
             epoch=self.spec.epoch,
-            build=self.spec.build,
+            build=build_identity(),
             model_digest=self.spec.model.digest,
             layout=engine.layout,
             blocks=engine.limits.blocks,

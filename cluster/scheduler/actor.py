@@ -1,10 +1,11 @@
 """The scheduler as an actor: adds the clock and nothing else. Wrapped with `ray.remote` by who creates it.
 
-Its methods never await, so calls don't interleave and the scheduler needs no lock.
+Its methods touch the scheduler without awaiting, so calls don't interleave and it needs no lock.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ class SchedulerActor:
     async def place(self, shape: RequestShape) -> Placement:
         """Raises NoWorker or PromptTooLong."""
         return self._scheduler.place(shape, time.monotonic())
+
+    async def wait_dead(self) -> None:
+        """Never returns: the call fails when the process dies."""
+        await asyncio.Event().wait()
 
     async def status(self) -> ClusterStatus:
         """The cluster as of now."""

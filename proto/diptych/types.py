@@ -136,7 +136,7 @@ class Emission(NamedTuple):
     """When `finish` is "stop" this is the stop token, which is not part of the answer."""
     finish: Finish | None = None
     served: Served | None = None
-    """Set with `finish`."""
+    """Set with `finish` (final) and with a worker's first token of the request (so far)."""
     fingerprint: bytes | None = None
     argmax: int | None = None
 
@@ -356,7 +356,6 @@ class WorkerSpec:
     id: WorkerId
     role: Role
     epoch: int
-    build: str
     model: ModelSource
     dtype: ModelDtype
     block_size: int
@@ -367,7 +366,7 @@ class WorkerSpec:
     threads: int
     device: Literal["cpu", "cuda"]
     host: str
-    """The node's address, which links bind and peers dial."""
+    """The node's address, which links bind and peers dial; empty to ask Ray."""
     link: LinkKind
     verify: Verify
     secret: bytes

@@ -1,0 +1,133 @@
+"""A front's process: both protocols over one dispatcher. A thin Ray shell; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from workers.actors import answer
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+    from cluster.front.dispatcher import Dispatcher, FrontIdentity
+    from cluster.front.http import HttpServer
+    from cluster.scheduler.costs import RequestShape
+    from diptych.types import (
+        ClusterStatus,
+        FrontId,
+        ModelSource,
+        Outgoing,
+        Placement,
+        Request,
+        RequestId,
+        WorkerId,
+        WorkerInfo,
+    )
+
+_GRACE_SECONDS = 3.0
+"""How long streams under way may go on when the front is told to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontSpec:
+    """What a front is told at birth; picklable."""
+
+    identity: FrontIdentity
+    model: ModelSource
+    http: str
+    grpc: str
+
+
+class Ports(NamedTuple):
+    """Where the front listens."""
+
+    http: int
+    grpc: int
+
+
+class FrontActor:
+    """One front."""
+
+    def __init__(self, spec: FrontSpec) -> None:
+        self._spec = spec
+        self._dispatcher: Dispatcher | None = None
+        self._http: HttpServer | None = None
+        self._grpc: grpc.aio.Server | None = None
+
+    async def prepare(self, scheduler: Any) -> None:  # noqa: ANN401 (handles are untyped)
+        """Load the text side: in parallel with the workers' loading of weights."""
+        from cluster.front.dispatcher import Dispatcher
+        from cluster.front.tokenizer import TextModel
+
+        text = await asyncio.to_thread(TextModel.load, self._spec.model)
+        self._dispatcher = Dispatcher(self._spec.identity, text, _RayScheduler(scheduler))
+
+    async def meet(self, workers: Mapping[WorkerId, tuple[WorkerInfo, Any]]) -> None:
+        """All workers there are, with their handles."""
+        ports = {worker: (info, _RayWorker(info, handle)) for worker, (info, handle) in workers.items()}
+        await self._it.meet(ports)
+
+    async def open(self) -> Ports:
+        """Listen. Raises OSError when an address is taken."""
+        from cluster.front.grpc_service import serve_grpc
+        from cluster.front.http import serve_http
+        from cluster.observe.metrics import FrontMetrics
+
+        metrics = FrontMetrics(self._it.model_name)
+        service = metrics.observed(self._it)
+        self._http = await serve_http(service, self._spec.http, metrics)
+        self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc)
+        return Ports(self._http.port, grpc_port)
+
+    async def close(self) -> None:
+        """No new requests; running ones have a grace, then they are cancelled."""
+        stopping = [server.stop(_GRACE_SECONDS) for server in [self._grpc] if server]
+        await asyncio.gather(*stopping, *(server.stop() for server in [self._http] if server))
+        if self._dispatcher:
+            await self._dispatcher.close()
+
+    async def wait_dead(self) -> None:
+        """Never returns: the call fails when the process dies."""
+        await asyncio.Event().wait()
+
+    @property
+    def _it(self) -> Dispatcher:
+        assert self._dispatcher is not None, "prepare comes first"
+        return self._dispatcher
+
+
+class _RayWorker:
+    """cluster.front.dispatcher.WorkerPort over a handle."""
+
+    def __init__(self, info: WorkerInfo, handle: Any) -> None:  # noqa: ANN401
+        self._who = str(info.id)
+        self._handle = handle
+
+    async def submit(self, request: Request, attempt: int, placement: Placement) -> None:
+        await answer(self._handle.submit.remote(request, attempt, placement), self._who)
+
+    async def cancel(self, request: RequestId, attempt: int) -> None:
+        await answer(self._handle.cancel.remote(request, attempt), self._who)
+
+    async def owns(self, request: RequestId, attempt: int) -> bool:
+        return await answer(self._handle.owns.remote(request, attempt), self._who)
+
+    async def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
+        async for items in self._handle.outbox.remote(front):
+            yield await answer(items, self._who)
+
+
+class _RayScheduler:
+    """cluster.front.dispatcher.SchedulerPort over a handle."""
+
+    def __init__(self, handle: Any) -> None:  # noqa: ANN401
+        self._handle = handle
+
+    async def place(self, shape: RequestShape) -> Placement:
+        return await answer(self._handle.place.remote(shape), "the scheduler")
+
+    async def status(self) -> ClusterStatus:
+        return await answer(self._handle.status.remote(), "the scheduler")

@@ -1,0 +1,70 @@
+"""What one answer's workers said, in order and once. Knows fencing, not text or networks.
+
+Everything carries (attempt, choice, index): only the current attempt and the next index is
+accepted, so a resumed zombie or a late prefill can't speak twice. The first token comes from
+prefill and the others from decode, on streams of their own: one that is early waits here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from diptych.errors import ServingError
+from diptych.types import Emission, Failure, Outgoing
+
+
+class Inbox:
+    """Of one request. Lives on the front's event loop."""
+
+    def __init__(self) -> None:
+        self.attempt = 0
+        self._next = 0
+        self._early: dict[int, Emission] = {}
+        self._ready: list[Emission] = []
+        self._error: ServingError | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def accepted(self) -> int:
+        """Tokens accepted so far."""
+        return self._next
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Anything a worker said about this request."""
+        if outgoing.attempt != self.attempt:
+            return
+        if isinstance(outgoing, Failure):
+            self.fail(outgoing.error)
+            return
+        if outgoing.index >= self._next:
+            self._early.setdefault(outgoing.index, outgoing)
+        while (emission := self._early.pop(self._next, None)) is not None:
+            self._ready.append(emission)
+            self._next += 1
+        if self._ready:
+            self._wake.set()
+
+    def fail(self, error: ServingError) -> None:
+        """No more tokens will come; those that came are read first."""
+        self._error = self._error or error
+        self._wake.set()
+
+    def restart(self) -> None:
+        """Another attempt, of which nothing was heard yet."""
+        assert self._next == 0, "a client has tokens of this attempt"
+        self.attempt += 1
+        self._early.clear()
+        self._error = None
+        self._wake.clear()
+
+    async def wait_next(self, timeout_seconds: float) -> list[Emission]:
+        """What came since; raises what ended the answer, or TimeoutError when nothing came."""
+        async with asyncio.timeout(timeout_seconds):
+            await self._wake.wait()
+        self._wake.clear()
+        ready, self._ready = self._ready, []
+        if not ready and self._error:
+            raise self._error
+        if self._error:
+            self._wake.set()  # the error is for the next reading
+        return ready

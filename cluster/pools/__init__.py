@@ -1,0 +1,1 @@
+"""The worker pools: who is a member, how members are made and replaced."""

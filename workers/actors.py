@@ -1,0 +1,182 @@
+"""Thin Ray shells around workers: nothing here decides anything.
+
+`cluster` imports this module and nothing else of ours below it, so torch loads in the actor's
+process and not in the driver's. Ray never retries or restarts: that belongs to `cluster.pools`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import ray
+from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError, RayTaskError
+
+from diptych.errors import Internal, Overloaded, ServingError, WorkerLost
+from diptych.types import (
+    FrontId,
+    KvParcel,
+    KvTicket,
+    Outgoing,
+    Placement,
+    PrefillDone,
+    PrefillOrder,
+    Report,
+    Request,
+    RequestId,
+    TransferId,
+    WorkerId,
+    WorkerInfo,
+    WorkerSpec,
+)
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
+
+T = TypeVar("T")
+CONTROL = "control"
+"""The concurrency group (its own event loop and thread) of what must answer while work goes on."""
+
+
+async def answer(what: Awaitable[T], who: str) -> T:
+    """The answer of a remote call, with every failure as one of ours.
+
+    A dead or unreachable actor is WorkerLost; an error we raised there is raised here as it was;
+    anything else is Internal and names itself.
+    """
+    try:
+        return await what
+    except RayTaskError as error:
+        cause = cast("BaseException", error.cause)  # pyright: ignore[reportUnknownMemberType]
+        if isinstance(cause, ServingError):
+            raise cause from None
+        raise Internal(f"{who}: {cause!r}") from error
+    except PendingCallsLimitExceeded as error:
+        raise Overloaded(f"{who} has too many calls waiting") from error
+    except RayActorError as error:
+        raise WorkerLost(f"{who} died") from error
+    except RayError as error:
+        raise WorkerLost(f"{who} can't be reached: {error}") from error
+
+
+class RayPeer:
+    """Another worker, through its handle (workers.peers.Peer)."""
+
+    def __init__(self, worker: WorkerId, handle: Any) -> None:  # noqa: ANN401 (handles are untyped)
+        self._who = str(worker)
+        self._handle = handle
+
+    async def run(self, order: PrefillOrder) -> PrefillDone:
+        return await answer(self._handle.run.remote(order), self._who)
+
+    async def is_pending(self, request: RequestId, attempt: int) -> bool:
+        return await answer(self._handle.is_pending.remote(request, attempt), self._who)
+
+    async def committed(self, transfer: TransferId) -> None:
+        await answer(self._handle.committed.remote(transfer), self._who)
+
+    async def withdraw(self, request: RequestId, attempt: int) -> None:
+        await answer(self._handle.withdraw.remote(request, attempt), self._who)
+
+    async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
+        return await answer(self._handle.grant.remote(request, attempt), self._who)
+
+    async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
+        await answer(self._handle.expect.remote(sender, parcel), self._who)
+
+    async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
+        await answer(self._handle.transfer_failed.remote(request, attempt, reason), self._who)
+
+
+class WorkerActor:
+    """One worker in a process of its own."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._worker: Worker | None = None
+
+    async def start(self) -> WorkerInfo:
+        """Load torch and the model."""
+        from workers.worker import Worker
+
+        if not self._spec.host:
+            self._spec = replace(self._spec, host=ray.util.get_node_ip_address())
+        self._worker = Worker(self._spec)
+        return await self._worker.start()
+
+    async def meet(self, peers: Mapping[WorkerId, Any]) -> None:
+        """Handles of all other workers."""
+        self._it.meet({worker: RayPeer(worker, handle) for worker, handle in peers.items()})
+
+    async def report_to(self, scheduler: Any) -> None:  # noqa: ANN401
+        """The scheduler's handle."""
+
+        async def report(report: Report) -> bool:
+            return await answer(scheduler.report.remote(report), "the scheduler")
+
+        self._it.report_to(report)
+
+    async def stop(self, timeout_seconds: float) -> bool:
+        """Before the process is ended: streams, links and the engine."""
+        return await self._it.stop(timeout_seconds) if self._worker else True
+
+    @ray.method(concurrency_group=CONTROL)
+    async def wait_dead(self) -> None:
+        """Never returns: the call fails when the process dies."""
+        await asyncio.Event().wait()
+
+    @ray.method(concurrency_group=CONTROL)
+    async def silent_seconds(self) -> float:
+        """How long the engine has not come round while it had work."""
+        return self._it.silent_seconds()
+
+    # ---- fronts --------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request, attempt: int, placement: Placement) -> None:
+        await self._it.submit(request, attempt, placement)
+
+    async def cancel(self, request: RequestId, attempt: int) -> None:
+        await self._it.cancel(request, attempt)
+
+    async def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
+        async for items in self._it.outbox(front):
+            yield items
+
+    async def front_left(self, front: FrontId) -> None:
+        self._it.front_left(front)
+
+    @ray.method(concurrency_group=CONTROL)
+    async def owns(self, request: RequestId, attempt: int) -> bool:
+        return self._it.owns(request, attempt)
+
+    # ---- peers ---------------------------------------------------------------------------------------
+
+    async def run(self, order: PrefillOrder) -> PrefillDone:
+        return await self._it.run(order)
+
+    @ray.method(concurrency_group=CONTROL)
+    async def is_pending(self, request: RequestId, attempt: int) -> bool:
+        return await self._it.is_pending(request, attempt)
+
+    async def committed(self, transfer: TransferId) -> None:
+        await self._it.committed(transfer)
+
+    async def withdraw(self, request: RequestId, attempt: int) -> None:
+        await self._it.withdraw(request, attempt)
+
+    async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
+        return await self._it.grant(request, attempt)
+
+    async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
+        await self._it.expect(sender, parcel)
+
+    async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
+        await self._it.transfer_failed(request, attempt, reason)
+
+    @property
+    def _it(self) -> Worker:
+        if self._worker is None:
+            raise WorkerLost(f"{self._spec.id} has not started")
+        return self._worker
