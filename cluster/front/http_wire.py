@@ -97,7 +97,6 @@ async def _end(task: asyncio.Task[_T]) -> None:
 
 
 async def _wait_disconnect(receive: Receive) -> None:
-    while True: await asyncio.sleep(3600)
     while (await receive())["type"] != "http.disconnect":
         pass
 
