@@ -68,7 +68,9 @@ class ScriptedService:
                     break
                 await self._mishap(ask, place)
                 completion_tokens += len(tokens)
-                yield Delta(character * self.widen, tokens, _fingerprints(ask, tokens), ask.params.forced[place : place + 1])
+                yield Delta(
+                    character * self.widen, tokens, _fingerprints(ask, tokens), ask.params.forced[place : place + 1]
+                )
             finish = "stop" if completion_tokens == len(self.text.encode(self.answer)) else "length"
             yield Delta("", (), finish=finish, usage=self._usage(ask, completion_tokens))
         finally:
