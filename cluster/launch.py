@@ -9,11 +9,15 @@ import asyncio
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from cluster.config import Config
 from cluster.models import resolve
@@ -43,9 +47,9 @@ def serve(config: Config) -> int:
 
 async def _serve(config: Config, source: ModelSource, say: Callable[[str], None]) -> int:
     stop = asyncio.Event()
-    own = _start_ray(config)
+    folder = _start_ray(config)
     _on_signals(stop.set)  # after Ray, which sets its own
-    say("Ray is up" if own else "joined the running Ray")
+    say("Ray is up" if folder else "joined the running Ray")
     import ray
 
     from cluster.pools.members import Site
@@ -55,8 +59,8 @@ async def _serve(config: Config, source: ModelSource, say: Callable[[str], None]
         model=source,
         secret=secrets.token_bytes(32),
         cache=str(cache_folder() / "weights"),
-        gpus=float(ray.cluster_resources().get("GPU", 0.0)),
-        host="127.0.0.1" if own else "",
+        gpus=float(ray.cluster_resources().get("GPU", 0.0)),  # pyright: ignore
+        host="127.0.0.1" if folder else "",
     )
     pools = Pools(config, site, say)
     starting = asyncio.ensure_future(pools.start())
@@ -80,12 +84,11 @@ async def _serve(config: Config, source: ModelSource, say: Callable[[str], None]
     finally:
         starting.cancel()
         await pools.stop()
-        ray.shutdown()
-        say("stopped")
+        _stop_ray(folder, say)
 
 
-def _start_ray(config: Config) -> bool:
-    """Joins the Ray that RAY_ADDRESS names, or starts one that ends with this process. Whether it is ours."""
+def _start_ray(config: Config) -> Path | None:
+    """Joins the Ray that RAY_ADDRESS names, or starts one that ends with this process: its folder."""
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith("ray://"):
         raise OSError(f"RAY_ADDRESS={address}: Ray Client can't hold a cluster; use HOST:PORT or `ray job submit`")
@@ -96,20 +99,34 @@ def _start_ray(config: Config) -> bool:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
-    level = logging.DEBUG if config.log.level == "debug" else logging.ERROR
+    debug = config.log.level == "debug"
+    options: dict[str, Any] = {
+        "logging_level": logging.DEBUG if debug else logging.ERROR,
+        "log_to_driver": debug,
+    }
     if address:
-        ray.init(address=address, logging_level=level, log_to_driver=False)
-        return False
-    # No CPUs: Ray would start an idle Python for each. Our actors ask for none.
-    ray.init(
+        ray.init(address=address, **options)  # pyright: ignore
+        return None
+    # Ray keeps its sockets and logs there; the paths of sockets may have 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="diptych-", dir="/tmp"))
+    ray.init(  # pyright: ignore
         address="local",
-        num_cpus=0,
+        num_cpus=0,  # Ray would start an idle Python for each, and our actors ask for none
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=level,
-        log_to_driver=config.log.level == "debug",
+        _temp_dir=str(folder),
+        **options,
     )
-    return True
+    return folder
+
+
+def _stop_ray(folder: Path | None, say: Callable[[str], None]) -> None:
+    import ray
+
+    ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    say("stopped")
 
 
 def _on_signals(stop: Callable[[], None]) -> None:

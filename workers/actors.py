@@ -7,7 +7,7 @@ process and not in the driver's. Ray never retries or restarts: that belongs to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -36,8 +36,13 @@ if TYPE_CHECKING:
     from workers.worker import Worker
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., object])
 CONTROL = "control"
 """The concurrency group (its own event loop and thread) of what must answer while work goes on."""
+
+
+def _control(method: Method) -> Method:
+    return ray.method(concurrency_group=CONTROL)(method)  # pyright: ignore
 
 
 async def answer(what: Awaitable[T], who: str) -> T:
@@ -102,7 +107,7 @@ class WorkerActor:
         from workers.worker import Worker
 
         if not self._spec.host:
-            self._spec = replace(self._spec, host=ray.util.get_node_ip_address())
+            self._spec = replace(self._spec, host=str(ray.util.get_node_ip_address()))  # pyright: ignore
         self._worker = Worker(self._spec)
         return await self._worker.start()
 
@@ -122,12 +127,12 @@ class WorkerActor:
         """Before the process is ended: streams, links and the engine."""
         return await self._it.stop(timeout_seconds) if self._worker else True
 
-    @ray.method(concurrency_group=CONTROL)
+    @_control
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process dies."""
         await asyncio.Event().wait()
 
-    @ray.method(concurrency_group=CONTROL)
+    @_control
     async def silent_seconds(self) -> float:
         """How long the engine has not come round while it had work."""
         return self._it.silent_seconds()
@@ -147,7 +152,7 @@ class WorkerActor:
     async def front_left(self, front: FrontId) -> None:
         self._it.front_left(front)
 
-    @ray.method(concurrency_group=CONTROL)
+    @_control
     async def owns(self, request: RequestId, attempt: int) -> bool:
         return self._it.owns(request, attempt)
 
@@ -156,7 +161,7 @@ class WorkerActor:
     async def run(self, order: PrefillOrder) -> PrefillDone:
         return await self._it.run(order)
 
-    @ray.method(concurrency_group=CONTROL)
+    @_control
     async def is_pending(self, request: RequestId, attempt: int) -> bool:
         return await self._it.is_pending(request, attempt)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
 
-_GRACE_SECONDS = 3.0
+_GRACE_SECONDS = 3
 """How long streams under way may go on when the front is told to stop."""
 
 
@@ -78,7 +78,7 @@ class FrontActor:
 
         metrics = FrontMetrics(self._it.model_name)
         service = metrics.observed(self._it)
-        self._http = await serve_http(service, self._spec.http, metrics)
+        self._http = await serve_http(service, self._spec.http, metrics, grace_seconds=_GRACE_SECONDS)
         self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc)
         return Ports(self._http.port, grpc_port)
 

@@ -18,7 +18,7 @@ from cluster.front.inbox import Inbox
 from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
 from cluster.scheduler.costs import RequestShape
-from diptych.errors import ServingError, WorkerLost
+from diptych.errors import InvalidRequest, ServingError, WorkerLost
 from diptych.hashing import granule_hashes
 from diptych.types import (
     BlockHash,
@@ -173,6 +173,8 @@ class Dispatcher:
             choice=ask.choice,
             arrived=time.time(),
         )
+        if ask.id in self._inboxes:
+            raise InvalidRequest(f"a request {ask.id} is running here: give each its own id", param="request_id")
         inbox = self._inboxes[ask.id] = Inbox()
         answer = _Answer(ask, self._text)
         finished = False
@@ -276,8 +278,8 @@ class _Answer:
             self._served = emission.served or self._served
             stop_token = emission.finish == "stop"
             self.ended_by_worker = emission.finish is not None
-            kept.append(emission)
             if not stop_token:
+                kept.append(emission)
                 tokens.append(emission.token)
                 shown, found = self._stops.push(self._detokenizer.push(emission.token))
                 text += shown

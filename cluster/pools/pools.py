@@ -55,6 +55,7 @@ class Pools:
         self._site = site
         self._say = say
         self._members: dict[WorkerId, _Member] = {}
+        self._size = 0
         self._scheduler: Any = None
         self._front: Any = None
         self._watches: set[asyncio.Task[None]] = set()
@@ -63,7 +64,8 @@ class Pools:
     async def start(self) -> Ports:
         """Everything up and introduced. Raises what a part raised, within a bound."""
         specs = first_members(self._config, self._site)
-        kinds = ", ".join(f"{spec.id}" for spec in specs)
+        self._size = len(specs)
+        kinds = ", ".join(spec.id for spec in specs)
         self._say(f"starting {kinds}: {device_of(self._config, self._site)}, {specs[0].threads} thread(s) each")
         self._scheduler = _actor(SchedulerActor).remote(self._scheduler_spec())
         self._front = _actor(FrontActor).remote(self._front_spec())
@@ -94,11 +96,11 @@ class Pools:
     # ---- members ------------------------------------------------------------------------------------------
 
     async def _start_worker(self, member: _Member) -> None:
-        member.info = await answer(member.handle.start.remote(), member.spec.id)
-        info = member.info
+        info: WorkerInfo = await answer(member.handle.start.remote(), member.spec.id)
+        member.info = info
         size = info.blocks * info.layout.block_bytes / 2**20
         tokens = info.blocks * info.layout.block_size
-        self._say(f"{info.id} is up: {info.blocks} blocks, {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype})")
+        self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype})")
         await answer(self._scheduler.join.remote(info), "the scheduler")
         await answer(member.handle.report_to.remote(self._scheduler), info.id)
         self._watch(self._wait_dead(member))
@@ -167,8 +169,7 @@ class Pools:
     # ---- what they are told ---------------------------------------------------------------------------------
 
     def _new_worker(self, spec: WorkerSpec) -> Any:  # noqa: ANN401
-        count = sum(pool.workers for pool in (self._config.pools.prefill, self._config.pools.decode, self._config.pools.mixed))
-        gpus = min(1.0, self._site.gpus / count) if spec.device == "cuda" else 0.0
+        gpus = min(1.0, self._site.gpus / self._size) if spec.device == "cuda" else 0.0
         environment = {
             "OMP_NUM_THREADS": str(spec.threads),
             "MKL_NUM_THREADS": str(spec.threads),
@@ -207,13 +208,14 @@ def _actor(
     """The actor class, with what all our actors share."""
     roots = [*source_roots(), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**(environment or {}), **({"PYTHONPATH": os.pathsep.join(roots)} if roots else {})}
-    return ray.remote(
-        num_cpus=0,
-        num_gpus=gpus,
-        max_restarts=0,
-        max_task_retries=0,
-        max_concurrency=_MANY_CALLS,
-        max_pending_calls=_MANY_CALLS,
-        concurrency_groups=groups or {},
-        runtime_env={"env_vars": variables},
-    )(kind)
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "max_concurrency": _MANY_CALLS,
+        "max_pending_calls": _MANY_CALLS,
+        "concurrency_groups": groups or {},
+        "runtime_env": {"env_vars": variables},
+    }
+    return ray.remote(**options)(kind)  # pyright: ignore[reportUnknownVariableType]

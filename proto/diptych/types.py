@@ -130,7 +130,7 @@ class Emission(NamedTuple):
     request: RequestId
     attempt: int
     choice: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     """0 for the first generated token."""
     token: int
     """When `finish` is "stop" this is the stop token, which is not part of the answer."""
