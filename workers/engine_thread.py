@@ -67,6 +67,8 @@ class EngineThread:
         self._busy = False
         self._want_full = True
         self._leaked = 0
+        self._steps = 0
+        self._cancel_steps_max = 0
 
     def start(
         self,
@@ -80,6 +82,14 @@ class EngineThread:
     def post(self, what: Callable[..., None], *arguments: object) -> None:
         """Do this between two steps."""
         self._inbox.put((what, arguments))
+
+    def post_cancel(self, what: Callable[..., None], *arguments: object) -> None:
+        """As `post`; how many steps end before it is done is counted."""
+        self.post(self._cancel, self._steps, what, *arguments)
+
+    def _cancel(self, arrived_step: int, what: Callable[..., None], *arguments: object) -> None:
+        what(*arguments)
+        self._cancel_steps_max = max(self._cancel_steps_max, self._steps - arrived_step)
 
     def stop(self, timeout_seconds: float) -> bool:
         """After the step under way. Whether it stopped."""
@@ -130,6 +140,7 @@ class EngineThread:
             roles.decode.before_step(plan)
             roles.prefill.before_step(plan)
             result = engine.execute(plan)
+            self._steps += 1
             roles.decode.after_step(result)
             roles.prefill.after_step(result)
             if outgoing := take_step():
@@ -185,6 +196,7 @@ class EngineThread:
             transfers_failed=decode.failed + prefill.failed,
             leaked_blocks=self._leaked,
             engine_cpu_seconds=time.thread_time(),
+            cancel_steps_max=self._cancel_steps_max,
         )
 
 

@@ -111,7 +111,7 @@ class Worker:
 
     async def cancel(self, request: RequestId, attempt: int) -> None:
         """Idempotent; takes effect before the next step."""
-        self._engine.post(self._roles.decode.cancel, request, attempt)
+        self._engine.post_cancel(self._roles.decode.cancel, request, attempt)
 
     def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
         """All tokens for this front."""
@@ -127,7 +127,7 @@ class Worker:
 
     def front_left(self, front: FrontId) -> None:
         """Nobody reads its answers any more."""
-        self._engine.post(self._roles.decode.cancel_all, front)
+        self._engine.post_cancel(self._roles.decode.cancel_all, front)
 
     # ---- peers (workers.peers.Peer) -----------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Worker:
         self._engine.post(self._roles.prefill.committed, transfer)
 
     async def withdraw(self, request: RequestId, attempt: int) -> None:
-        self._engine.post(self._roles.prefill.withdraw, request, attempt)
+        self._engine.post_cancel(self._roles.prefill.withdraw, request, attempt)
 
     async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
         return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))

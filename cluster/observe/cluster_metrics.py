@@ -35,7 +35,7 @@ _COUNTERS: Final = {
     "leaked_blocks": "KV blocks that an audit found without an owner.",
     "engine_cpu_seconds": "CPU time of the engine thread.",
 }
-"""Every field of `Counters`, exported as diptych_<name>_total."""
+"""Every total of `Counters`, exported as diptych_<name>_total."""
 
 
 class ClusterCollector(Collector):
@@ -81,6 +81,12 @@ def _workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
         "diptych_waiting_tokens", "Prompt tokens queued, not computed.", workers, lambda one: one.load.waiting_tokens
     )
     yield _blocks(workers)
+    yield _per_worker(
+        "diptych_cancel_steps_max",
+        "Most engine steps between a cancel's arrival and the release of what the request held.",
+        workers,
+        lambda one: one.counters.cancel_steps_max,
+    )
     for name, meaning in _COUNTERS.items():
         yield _worker_counter(name, meaning, workers)
 

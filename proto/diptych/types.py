@@ -308,6 +308,9 @@ class Counters:
     transfers_failed: int = 0
     leaked_blocks: int = 0
     engine_cpu_seconds: float = 0.0
+    cancel_steps_max: int = 0
+    """Most engine steps that ended between a cancel's arrival at this worker and the release of what
+    the request held here: the one figure that is no total."""
 
 
 class Stored(NamedTuple):

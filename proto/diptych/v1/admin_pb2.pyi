@@ -115,7 +115,7 @@ class WorkerLoad(_message.Message):
     def __init__(self, waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_lent: _Optional[int] = ...) -> None: ...
 
 class WorkerCounters(_message.Message):
-    __slots__ = ("steps", "decode_steps", "decode_rows", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_emitted", "requests_finished", "requests_cancelled", "preemptions", "blocks_sent", "bytes_sent", "blocks_received", "bytes_received", "transfers_committed", "transfers_failed", "leaked_blocks", "engine_cpu_seconds")
+    __slots__ = ("steps", "decode_steps", "decode_rows", "prompt_tokens_computed", "prompt_tokens_cached", "tokens_emitted", "requests_finished", "requests_cancelled", "preemptions", "blocks_sent", "bytes_sent", "blocks_received", "bytes_received", "transfers_committed", "transfers_failed", "leaked_blocks", "engine_cpu_seconds", "cancel_steps_max")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
     DECODE_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class WorkerCounters(_message.Message):
     TRANSFERS_FAILED_FIELD_NUMBER: _ClassVar[int]
     LEAKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_STEPS_MAX_FIELD_NUMBER: _ClassVar[int]
     steps: int
     decode_steps: int
     decode_rows: int
@@ -150,4 +151,5 @@ class WorkerCounters(_message.Message):
     transfers_failed: int
     leaked_blocks: int
     engine_cpu_seconds: float
-    def __init__(self, steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., decode_rows: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_emitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., preemptions: _Optional[int] = ..., blocks_sent: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., blocks_received: _Optional[int] = ..., bytes_received: _Optional[int] = ..., transfers_committed: _Optional[int] = ..., transfers_failed: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., engine_cpu_seconds: _Optional[float] = ...) -> None: ...
+    cancel_steps_max: int
+    def __init__(self, steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., decode_rows: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_emitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., preemptions: _Optional[int] = ..., blocks_sent: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., blocks_received: _Optional[int] = ..., bytes_received: _Optional[int] = ..., transfers_committed: _Optional[int] = ..., transfers_failed: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., engine_cpu_seconds: _Optional[float] = ..., cancel_steps_max: _Optional[int] = ...) -> None: ...
