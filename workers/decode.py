@@ -412,7 +412,7 @@ class DecodeRole:
             return f"parcel {parcel.sequence} came out of order"
         if pool.kind(answer.sequence.ticket) != "ticket" or promised != tuple(map(pool.generation, blocks)):
             return "its blocks were given away"
-        if not self._verifier.agrees(packed.cpu(), parcel.sequence, parcel.checksum):
+        if not self._verifier.agrees(packed, parcel.sequence, parcel.checksum):
             return f"parcel {parcel.sequence} is corrupt"
         return None
 

@@ -23,10 +23,10 @@ class Verifier:
         self._secret = secret
 
     def checksum(self, packed: Tensor, sequence: int) -> bytes | None:
-        """packed: [bytes] uint8 on the CPU; `sequence` is the parcel's number on its pair."""
+        """packed: [bytes] uint8, copied from its device when needed; `sequence` is the parcel's number on its pair."""
         if self._verify == "off" or (self._verify == "sample" and sequence % SAMPLE_EVERY):
             return None
-        view = memoryview(packed.numpy())
+        view = memoryview(packed.cpu().numpy())
         if self._verify == "sample":
             return zlib.crc32(view).to_bytes(4, "little")
         return hashlib.blake2b(view, key=self._secret, digest_size=16).digest()

@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Literal
 
@@ -64,7 +64,9 @@ class PairLink:
         self._kind = kind
         self._side: Side = side
         self._host = host
-        self._device = device
+        # gloo moves host memory: blocks of a GPU cross it by way of the CPU.
+        self._device = device if kind == "nccl" else torch.device("cpu")
+        self._stream: torch.cuda.Stream | None = None
         self._timeout = timedelta(seconds=timeout_seconds)
         self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
         self._sockets: tuple[socket.socket, ...] = ()
@@ -84,7 +86,7 @@ class PairLink:
         except RuntimeError as error:  # DistStoreError and gloo's timeouts are RuntimeErrors
             raise TransferFailed(f"pair {key} did not meet within {self._timeout}: {error}") from error
         if place:
-            self._forget(store, key)
+            self._forget(store, address)
 
     def send(self, packed: Tensor) -> None:
         """packed: [bytes] uint8. Returns when the receiver has it (gloo) or it left (NCCL)."""
@@ -114,10 +116,18 @@ class PairLink:
         peer = 1 - _RANK[self._side]
         try:
             run = self._group.send if self._side == "sender" else self._group.recv
-            # With a timeout NCCL's wait, too, blocks this thread until the data moved.
-            run([packed], peer, 0).wait(self._timeout)
+            with self._own_stream():
+                # With a timeout NCCL's wait, too, blocks this thread until the data moved.
+                run([packed], peer, 0).wait(self._timeout)
         except RuntimeError as error:
             raise TransferFailed(f"the pair broke: {error}") from error
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """On a GPU: after what the engine has queued so far (the packing), beside what it queues next."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        return torch.cuda.stream(self._stream)
 
     def _dial(self, address: PairAddress) -> dist.TCPStore:
         return dist.TCPStore(
@@ -142,6 +152,7 @@ class PairLink:
         options.config.max_ctas = 4  # a transfer must not take the SMs that compute needs
         self._group = dist.ProcessGroupNCCL(store, _RANK[self._side], 2, options)
         self._group.eager_connect_single_device(self._device)
+        self._stream = torch.cuda.Stream(self._device)
 
     def _agree(self, store: dist.Store, candidates: dict[tuple[str, ...], socket.socket]) -> tuple[socket.socket, ...]:
         """The sockets that both sides hold an end of: no other is ever shut."""
@@ -156,12 +167,14 @@ class PairLink:
                 end.close()
         return tuple(kept)
 
-    def _forget(self, store: dist.Store, key: str) -> None:
-        """Both sides are through the rendezvous: its keys are of no use to anyone."""
-        store.set(f"{key}/met", "")
+    def _forget(self, store: dist.Store, address: PairAddress) -> None:
+        """The keys of this rendezvous, and of the pair's earlier ones, are of no use to anyone.
+
+        The sender may not have read our ends yet: those go with the next epoch.
+        """
+        unread = f"{address.key}/{address.epoch}/ends/receiver"
         for name in store.list_keys():
-            # The sender may still read ours; its own reading ends with the exchange of ends.
-            if key in name and not name.endswith(("ends/receiver", "/met")):
+            if f"{address.key}/" in name and unread not in name:
                 store.delete_key(name)
 
 

@@ -61,8 +61,8 @@ class SenderPair:
         try:
             self._link.open(self.address)
             while (shipment := self._queue.get()) is not None:
-                packed = shipment.packed.cpu()
-                parcel = _numbered(shipment.parcel, sequence, self._verifier.checksum(packed, sequence))
+                checksum = self._verifier.checksum(shipment.packed, sequence)
+                parcel = _numbered(shipment.parcel, sequence, checksum)
                 sequence += 1
                 # Announced before it is sent: the receiver posts its receive on our word, never on a guess.
                 shipment.announce(parcel)
