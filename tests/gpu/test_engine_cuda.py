@@ -1,0 +1,72 @@
+"""The engine on a GPU gives what it gives on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from diptych.hashing import KvIdentity, granule_hashes
+from diptych.types import FrontId, ModelDtype, ModelSource, Request, RequestId, SamplingParams
+from workers.engine.engine import Engine, EngineLimits
+from workers.engine.model import Model
+from workers.engine.sequence import Sequence
+from workers.engine.weights import load_weights
+
+pytestmark = pytest.mark.gpu
+
+TINY = ModelSource(name="random:tiny", path="random:tiny", digest="0123456789abcdef")
+ROOT = KvIdentity(model_digest=TINY.digest, weight_format="fp32", kv_dtype="fp32").root()
+
+
+def engine(device: torch.device, dtype: ModelDtype = "fp32") -> Engine:
+    limits = EngineLimits(block_size=16, blocks=256, max_batch_tokens=128, max_running=16, max_context=4096)
+    model = Model(load_weights(TINY, dtype, cache=None), max_context=4096, device=device)
+    return Engine(model, limits, dtype=dtype, device=device)
+
+
+def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    sequences: list[Sequence] = []
+    for number, prompt in enumerate(prompts):
+        request = Request(
+            id=RequestId(f"r{number}"),
+            front=FrontId("f"),
+            tokens=tuple(prompt),
+            granules=granule_hashes(prompt, ROOT),
+            root=ROOT,
+            params=SamplingParams(max_tokens=24, temperature=0.0),
+        )
+        sequence = Sequence(request=request, attempt=0, task="answer", arrival=number, block_size=16)
+        sequences.append(sequence)
+        engine.add(sequence)
+    while engine.has_work:
+        for sampled in engine.step().sampled:
+            if sampled.finish:
+                engine.drop(sampled.sequence)
+        engine.pool.check()
+    return [sequence.tokens for sequence in sequences]
+
+
+def test_greedy_answers_equal_the_cpus(cuda: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (1, 17, 255, 300, 600)]
+    assert answers(engine(cuda), prompts) == answers(engine(torch.device("cpu")), prompts)
+
+
+def test_attention_is_the_cpus_within_rounding(cuda: torch.device) -> None:
+    torch.manual_seed(0)
+    arena = torch.randn(64, 2, 2, 16, 64)
+    query = torch.randn(300, 8, 64)
+    blocks = torch.randperm(64)[:32]
+    ours = kernels.prefill_attention(query.to(cuda), arena.to(cuda), blocks.to(cuda), 0, 0.125)
+    theirs = kernels.prefill_attention(query, arena, blocks, 0, 0.125)
+    torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_blocks_come_back_bit_for_bit(cuda: torch.device) -> None:
+    arena = torch.randn(32, 4, 2, 2, 16, 64, device=cuda).to(torch.bfloat16)
+    target = torch.zeros_like(arena)
+    source, landing = torch.tensor([3, 1, 30], device=cuda), torch.tensor([7, 8, 2], device=cuda)
+    kernels.unpack_blocks(target, landing, kernels.pack_blocks(arena, source))
+    assert torch.equal(target[landing], arena[source])
+    assert not target[torch.tensor([0, 1, 3], device=cuda)].any()
