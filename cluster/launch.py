@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
+from cluster.keeper import keep
 from cluster.models import resolve
 from cluster.models.cache import cache_folder
 from diptych import __version__
@@ -32,6 +33,10 @@ _OBJECT_STORE_BYTES = 100 << 20
 
 def serve(config: Config) -> int:
     """Runs until SIGTERM or SIGINT. The process's exit status."""
+    return keep(lambda: _launch(config))
+
+
+def _launch(config: Config) -> int:
     say = _narrator(time.monotonic())
     try:
         _check_free(config)
@@ -108,7 +113,8 @@ def _start_ray(config: Config) -> Path | None:
         ray.init(address=address, **options)  # pyright: ignore
         return None
     # Ray keeps its sockets and logs there; the paths of sockets may have 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="diptych-", dir="/tmp"))
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=f"diptych-{os.getpid()}-", dir="/tmp"))
     ray.init(  # pyright: ignore
         address="local",
         num_cpus=0,  # Ray would start an idle Python for each, and our actors ask for none
@@ -118,6 +124,14 @@ def _start_ray(config: Config) -> Path | None:
         **options,
     )
     return folder
+
+
+def _sweep() -> None:
+    """Folders of launchers that were killed with their keeper."""
+    for folder in Path("/tmp").glob("diptych-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stop_ray(folder: Path | None, say: Callable[[str], None]) -> None:
