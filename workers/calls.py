@@ -49,7 +49,10 @@ class Calls:
         self._step.setdefault(front, []).append(outgoing)
 
     def call(
-        self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], then: Callable[[T | ServingError], None] | None = None
+        self,
+        peer: WorkerId,
+        what: Callable[[Peer], Awaitable[T]],
+        then: Callable[[T | ServingError], None] | None = None,
     ) -> None:
         self._loop.call_soon_threadsafe(self._spawn, self._short(peer, what, then))
 

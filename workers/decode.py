@@ -262,7 +262,8 @@ class DecodeRole:
 
     def _write_ticket(self, answer: _Answer) -> None:
         handoff, sequence, pool = answer.handoff, answer.sequence, self._engine.pool
-        assert handoff is not None and handoff.reply is not None, "room is only given to a hand-off that asked"
+        assert handoff is not None, "room is only given to a hand-off"
+        assert handoff.reply is not None, "room is only given to a hand-off that asked"
         blocks = tuple(pool.blocks_of(sequence.ticket))
         handoff.ticket = KvTicket(
             transfer=handoff.transfer.id,

@@ -128,9 +128,7 @@ class EngineThread:
             roles.prefill.close()
             roles.decode.close()
 
-    def _run(
-        self, roles: Roles, listener: Listener, take_step: Callable[[], Mapping[FrontId, list[Outgoing]]]
-    ) -> None:
+    def _run(self, roles: Roles, listener: Listener, take_step: Callable[[], Mapping[FrontId, list[Outgoing]]]) -> None:
         engine, reported, progress, dirty = roles.engine, 0.0, False, True
         while (heard := self._drain(wait=not progress)) is not None:
             self._moved, self._busy = time.monotonic(), True

@@ -65,7 +65,10 @@ class Effects(Protocol):
         ...
 
     def call(
-        self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], then: Callable[[T | ServingError], None] | None = None
+        self,
+        peer: WorkerId,
+        what: Callable[[Peer], Awaitable[T]],
+        then: Callable[[T | ServingError], None] | None = None,
     ) -> None:
         """A short call, bounded by the lease. `then` gets the answer or why there is none."""
         ...

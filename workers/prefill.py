@@ -173,7 +173,7 @@ class PrefillRole:
 
     # ---- a job --------------------------------------------------------------------------------------
 
-    def _granted(self, job: _Job, ticket: KvTicket | None | ServingError) -> None:
+    def _granted(self, job: _Job, ticket: KvTicket | ServingError | None) -> None:
         if not job.transfer.live:
             return
         if not isinstance(ticket, KvTicket):

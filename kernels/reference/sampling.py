@@ -20,8 +20,8 @@ def sample_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Ten
     line by falling probability and the one under `uniform` is taken.
     """
     tokens = logits.argmax(-1)
-    drawn = (temperature > 0).nonzero().flatten()
-    for row in drawn.tolist():  # each row alone: its bits can't depend on the batch
+    drawn: list[int] = (temperature > 0).nonzero().flatten().tolist()  # pyright: ignore
+    for row in drawn:  # each row alone: its bits can't depend on the batch
         tokens[row] = _draw(logits[row], temperature[row], int(top_k[row]), float(top_p[row]), float(uniform[row]))
     return tokens
 

@@ -41,7 +41,7 @@ class Sampled(NamedTuple):
     """A sequence's next token."""
 
     sequence: Sequence
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     token: int
     finish: Finish | None
     fingerprint: bytes | None
@@ -163,9 +163,9 @@ class Engine:
     def _choose(self, plan: StepPlan, ready: list[Sequence], logits: Tensor) -> StepResult:
         if not ready:
             return StepResult(plan=plan, sampled=(), failed=())
-        finite = torch.isfinite(logits).all(-1).tolist()
+        finite = _numbers(torch.isfinite(logits).all(-1))
         tokens = self._sample(ready, logits)
-        argmax = logits.argmax(-1).tolist() if any(sequence.request.params.forced for sequence in ready) else tokens
+        argmax = _numbers(logits.argmax(-1)) if any(sequence.request.params.forced for sequence in ready) else tokens
         sampled: list[Sampled] = []
         failed: list[tuple[Sequence, Internal]] = []
         for row, sequence in enumerate(ready):
@@ -176,9 +176,7 @@ class Engine:
             token = params.forced[index] if index < len(params.forced) else tokens[row]
             fingerprint = _fingerprint(logits[row]) if params.fingerprint else None
             finish = sequence.accept(token)
-            sampled.append(
-                Sampled(sequence, index, token, finish, fingerprint, argmax[row] if params.forced else None)
-            )
+            sampled.append(Sampled(sequence, index, token, finish, fingerprint, argmax[row] if params.forced else None))
         for sequence, _ in failed:
             self._scrub(sequence)
         self._emitted += len(sampled)
@@ -187,18 +185,19 @@ class Engine:
     def _sample(self, ready: list[Sequence], logits: Tensor) -> list[int]:
         params = [sequence.request.params for sequence in ready]
         if all(each.temperature == 0 for each in params):
-            return logits.argmax(-1).tolist()
+            return _numbers(logits.argmax(-1))
         noise = [
             uniform(each.seed, sequence.request.choice, len(sequence.tokens))
             for each, sequence in zip(params, ready, strict=True)
         ]
-        return kernels.sample_tokens(
+        tokens = kernels.sample_tokens(
             logits,
             torch.tensor([each.temperature for each in params], device=self._device),
             torch.tensor([each.top_k for each in params]),
             torch.tensor([each.top_p for each in params], dtype=torch.float64),
             torch.tensor(noise, dtype=torch.float64),
-        ).tolist()
+        )
+        return _numbers(tokens)
 
     def _scrub(self, sequence: Sequence) -> None:
         """Masked positions are read: a block with an infinity must not stay behind in the pool."""
@@ -290,6 +289,10 @@ class Engine:
             tokens_emitted=self._emitted,
             preemptions=self._preemptions,
         )
+
+
+def _numbers(tensor: Tensor) -> list[int]:
+    return tensor.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _fingerprint(row: Tensor) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import zlib
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from diptych.types import Verify
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_EVERY = 8
 """Under `sample`, one parcel in so many carries a CRC-32: it finds a link that corrupts, cheaply."""
@@ -26,7 +28,7 @@ class Verifier:
         """packed: [bytes] uint8, copied from its device when needed; `sequence` is the parcel's number on its pair."""
         if self._verify == "off" or (self._verify == "sample" and sequence % SAMPLE_EVERY):
             return None
-        view = memoryview(packed.cpu().numpy())
+        view = memoryview(packed.cpu().numpy())  # pyright: ignore[reportArgumentType]
         if self._verify == "sample":
             return zlib.crc32(view).to_bytes(4, "little")
         return hashlib.blake2b(view, key=self._secret, digest_size=16).digest()

@@ -15,19 +15,38 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from diptych.errors import TransferFailed
 from diptych.types import LinkKind, PairAddress
 
 Side = Literal["sender", "receiver"]
+Address: TypeAlias = str
+Connections: TypeAlias = dict[tuple[Address, Address], socket.socket]
+"""(our end, their end) → a duplicate of ours."""
 _RANK: dict[Side, int] = {"sender": 0, "receiver": 1}
+
+
+class _Work(Protocol):
+    def wait(self, timeout: timedelta) -> bool: ...
+
+
+class _Group(Protocol):
+    """What ProcessGroupGloo and ProcessGroupNCCL have beyond torch's stubs of them."""
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> _Work: ...
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> _Work: ...
+
+    def abort(self) -> None: ...
 
 
 class MeetingPlace:
@@ -42,7 +61,7 @@ class MeetingPlace:
         listener.listen()
         self.host = host
         self.port: int = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             host,
             self.port,
             is_master=True,
@@ -51,9 +70,10 @@ class MeetingPlace:
             master_listen_fd=listener.detach(),
         )
 
-    def join(self) -> dist.Store:
+    def join(self) -> Store:
         """A connection of the caller's own: a blocked `get` stalls every user of its client."""
-        return self._store.clone()
+        # torch's stubs don't know it.
+        return cast("Store", self._store.clone())  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
 class PairLink:
@@ -68,7 +88,7 @@ class PairLink:
         self._device = device if kind == "nccl" else torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+        self._group: _Group | None = None
         self._sockets: tuple[socket.socket, ...] = ()
         self._closed = threading.Event()
 
@@ -78,7 +98,7 @@ class PairLink:
         try:
             store = place.join() if place else self._dial(address)
             store.set_timeout(self._timeout)
-            prefixed = dist.PrefixStore(key, store)
+            prefixed = PrefixStore(key, store)
             if self._kind == "gloo":
                 self._open_gloo(prefixed)
             else:
@@ -129,45 +149,50 @@ class PairLink:
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         return torch.cuda.stream(self._stream)
 
-    def _dial(self, address: PairAddress) -> dist.TCPStore:
-        return dist.TCPStore(
-            address.host, address.port, is_master=False, wait_for_workers=False, timeout=self._timeout
-        )
+    def _dial(self, address: PairAddress) -> TCPStore:
+        return TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=self._timeout)
 
-    def _open_gloo(self, store: dist.Store) -> None:
-        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]  # pyright: ignore
-        options._timeout = self._timeout
-        options._threads = 1  # pyright: ignore
+    def _open_gloo(self, store: Store) -> None:
+        gloo: Any = dist.ProcessGroupGloo  # torch's stubs know half of it
         before = _open_files()
-        self._group = dist.ProcessGroupGloo(store, _RANK[self._side], 2, options)
-        candidates = _connected(_open_files() - before)
-        self._sockets = self._agree(store, candidates)
+        device = gloo.create_device(hostname=self._host)
+        listeners = _listening(_open_files() - before)
+        options = gloo._Options()
+        options._devices = [device]
+        options._timeout = self._timeout
+        options._threads = 1
+        before = _open_files()
+        self._group = gloo(store, _RANK[self._side], 2, options)
+        self._sockets = self._agree(store, listeners, _connected(_open_files() - before))
 
-    def _open_nccl(self, store: dist.Store) -> None:
+    def _open_nccl(self, store: Store) -> None:
         # The default tears the process down on an error; timeouts are ours to own.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-        options = dist.ProcessGroupNCCL.Options()
+        nccl: Any = dist.ProcessGroupNCCL  # only builds with CUDA have it
+        options = nccl.Options()
         options._timeout = self._timeout
         options.config.max_ctas = 4  # a transfer must not take the SMs that compute needs
-        self._group = dist.ProcessGroupNCCL(store, _RANK[self._side], 2, options)
-        self._group.eager_connect_single_device(self._device)
+        group = nccl(store, _RANK[self._side], 2, options)
+        group.eager_connect_single_device(self._device)
+        self._group = group
         self._stream = torch.cuda.Stream(self._device)
 
-    def _agree(self, store: dist.Store, candidates: dict[tuple[str, ...], socket.socket]) -> tuple[socket.socket, ...]:
-        """The sockets that both sides hold an end of: no other is ever shut."""
-        mine, theirs = f"ends/{self._side}", f"ends/{'receiver' if self._side == 'sender' else 'sender'}"
-        store.set(mine, json.dumps([list(ends) for ends in candidates]))
-        other = {tuple(ends) for ends in json.loads(store.get(theirs))}
-        kept: list[socket.socket] = []
-        for (here, there), end in candidates.items():
-            if (there, here) in other:
-                kept.append(end)
-            else:
-                end.close()
-        return tuple(kept)
+    def _agree(self, store: Store, listeners: set[Address], connected: Connections) -> tuple[socket.socket, ...]:
+        """The sockets that both sides hold an end of, at one of gloo's two listeners: no other is ever shut."""
+        try:
+            theirs = "receiver" if self._side == "sender" else "sender"
+            store.set(f"ends/{self._side}", json.dumps([[*listeners], [*connected]]))
+            their_listeners, their_ends = json.loads(store.get(f"ends/{theirs}"))
+            listeners = listeners | set(their_listeners)
+            other = {(here, there) for here, there in their_ends}
+        except BaseException:
+            _close(connected.values())
+            raise
+        ours = {ends for ends in connected if ends[::-1] in other and not listeners.isdisjoint(ends)}
+        _close(end for ends, end in connected.items() if ends not in ours)
+        return tuple(connected[ends] for ends in ours)
 
-    def _forget(self, store: dist.Store, address: PairAddress) -> None:
+    def _forget(self, store: Store, address: PairAddress) -> None:
         """The keys of this rendezvous, and of the pair's earlier ones, are of no use to anyone.
 
         The sender may not have read our ends yet: those go with the next epoch.
@@ -182,16 +207,34 @@ def _open_files() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
-def _connected(files: set[int]) -> dict[tuple[str, ...], socket.socket]:
-    """Duplicates of the TCP connections among these descriptors: (our end, their end) → socket."""
-    found: dict[tuple[str, ...], socket.socket] = {}
-    for number in files:
-        try:
-            end = socket.socket(fileno=os.dup(number))
-        except OSError:
-            continue  # gone again, or not a socket
+def _listening(files: set[int]) -> set[Address]:
+    """Where these descriptors accept connections."""
+    found: set[Address] = set()
+    for end in _sockets(files):
+        with end:
+            if end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.add(f"{end.getsockname()}")
+    return found
+
+
+def _connected(files: set[int]) -> Connections:
+    """Duplicates of the TCP connections among these descriptors."""
+    found: Connections = {}
+    for end in _sockets(files):
         try:
             found[f"{end.getsockname()}", f"{end.getpeername()}"] = end
         except OSError:
             end.close()
     return found
+
+
+def _sockets(files: set[int]) -> Iterator[socket.socket]:
+    """Duplicates of the sockets among these descriptors; whoever iterates closes them."""
+    for number in files:
+        with suppress(OSError):  # gone again, or not a socket
+            yield socket.socket(fileno=os.dup(number))
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for each in sockets:
+        each.close()

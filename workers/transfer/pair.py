@@ -9,14 +9,15 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from diptych.errors import TransferFailed
 from diptych.types import KvParcel, PairAddress
 from workers.transfer.checksum import Verifier
 from workers.transfer.link import MeetingPlace, PairLink
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Broken = Callable[[TransferFailed], None]
 
