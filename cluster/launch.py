@@ -33,7 +33,9 @@ _OBJECT_STORE_BYTES = 100 << 20
 
 def serve(config: Config) -> int:
     """Runs until SIGTERM or SIGINT. The process's exit status."""
-    return keep(lambda: _launch(config))
+    status = keep(lambda: _launch(config))
+    _sweep()
+    return status
 
 
 def _launch(config: Config) -> int:
