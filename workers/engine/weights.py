@@ -124,7 +124,7 @@ def _gguf(path: Path, dtype: torch.dtype) -> Weights:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for tensor in reader.tensors:
             name = _from_gguf_name(tensor.name, path)
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).clone()
+            values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # a copy: the file is read-only
             yield name, _unpermuted(name, values, config).to(dtype).contiguous()
 
     return Weights(config=config, tensors=_checked(config, tensors(), path))
