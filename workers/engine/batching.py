@@ -136,19 +136,28 @@ class Batcher:
         sequence.blocks += blocks
 
     def _admit(self, *, after_preemption: bool) -> list[Sequence]:
-        """From the queue's head, as long as there is room. Returns the hand-offs among them."""
+        """In the order of arrival, as long as there is room. Returns the hand-offs among them.
+
+        A prompt is admitted when the step has tokens for it: blocks that wait for their turn are
+        no use, and by then an earlier prompt may have left its prefix in the cache.
+        """
         granted: list[Sequence] = []
-        while self._waiting and not after_preemption and len(self._running) + len(self._granted) < self._max_running:
-            sequence = self._waiting[0]
+        tokens = self._max_batch_tokens - sum(sequence.remaining for sequence in self._running)
+        for sequence in () if after_preemption else tuple(self._waiting):
+            if len(self._running) + len(self._granted) >= self._max_running:
+                break
+            if tokens <= 0 and sequence.task != "decode":
+                continue  # it waits for its turn, not for blocks: hand-offs behind it take none of that
             if not self._reserve(sequence):
                 break
-            del self._waiting[0]
+            self._waiting.remove(sequence)
             sequence.admissions += 1
             if sequence.task == "decode":
                 self._granted.append(sequence)
                 granted.append(sequence)
             else:
                 bisect.insort(self._running, sequence, key=_by_arrival)
+                tokens -= sequence.remaining
         return granted
 
     def _reserve(self, sequence: Sequence) -> bool:
