@@ -118,5 +118,5 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=2000, stateful_step_count=10, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=5000, stateful_step_count=10, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
