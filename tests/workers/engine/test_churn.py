@@ -103,7 +103,8 @@ def test_no_block_is_lost_or_idle_in_ten_thousand_arrivals(engine: Engine) -> No
         f"finished {tally.finished} cancelled {tally.cancelled} preempted {tally.preempted} used/allocated {ratio:.4f}"
     )
     assert tally.finished + tally.cancelled >= ARRIVALS
-    assert tally.cancelled > ARRIVALS // 20 and tally.preempted > 0, "the run is too kind to prove anything"
+    assert tally.cancelled > ARRIVALS // 20, "the run is too kind to prove anything"
+    assert tally.preempted > 0, "the pool is too large to prove anything"
     assert not tally.living
     assert engine.pool.held == engine.pool.granted == engine.pool.lent == 0
     assert engine.pool.free + engine.pool.cached == engine.pool.size
