@@ -28,6 +28,7 @@ check: install ## Format, lint, types and protocol, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/contract.binpb
 	$(BIN)/python tools/generate_protos.py --check
 
 format: install ## Put the code in shape

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,15 +28,34 @@ def test_regenerating_the_stubs_changes_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_contract_is_in_bufs_standard_style() -> None:
-    buf = Path(sys.executable).with_name("buf")
-    if not buf.exists():
+def buf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("buf")
+    if not program.exists():
         pytest.skip("buf-bin is in the dev extra: pip install -e '.[dev]'")
+    return subprocess.run(
+        [program, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False, stdin=DEVNULL
+    )
+
+
+def test_the_contract_is_in_bufs_standard_style() -> None:
     for arguments in (["lint"], ["format", "--diff", "--exit-code"]):
-        done = subprocess.run(
-            [buf, *arguments], cwd=ROOT / "proto", capture_output=True, text=True, timeout=60, check=False
-        )
+        done = buf(ROOT / "proto", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_published_message_has_changed_its_meaning() -> None:
+    done = buf(ROOT / "proto", "breaking", "--against", "contract.binpb")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_breaking_change_would_be_seen(tmp_path: Path) -> None:
+    broken = tmp_path / "proto"
+    shutil.copytree(ROOT / "proto", broken, ignore=shutil.ignore_patterns("*.py*"))
+    contract = broken / "diptych" / "v1" / "inference.proto"
+    contract.write_text(contract.read_text().replace("string request_id = 6;", "string request_name = 16;"))
+    done = buf(broken, "breaking", "--against", "contract.binpb")
+    assert done.returncode != 0
+    assert 'Previously present field "6"' in done.stdout
 
 
 @pytest.mark.parametrize(
