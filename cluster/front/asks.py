@@ -77,6 +77,13 @@ async def encode_chat(text: TextModel, messages: Sequence[ChatMessage]) -> tuple
     return tuple(await asyncio.to_thread(text.encode_chat, messages))
 
 
+async def decode_tokens(text: TextModel, tokens: Sequence[int]) -> str:
+    """Their text, special tokens left out."""
+    if len(tokens) <= INLINE_CHARACTERS:
+        return text.decode(tokens)
+    return await asyncio.to_thread(text.decode, tokens)
+
+
 def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted, *, choices: int = 1) -> list[Ask]:  # noqa: A002
     """`choices` answers to each prompt, prompt by prompt.
 
@@ -85,8 +92,8 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
     """
     _check_sampling(wanted)
     _check_stops(wanted)
-    _check_token_ids(wanted.stop_token_ids, service.text.vocab_size, "stop_token_ids")
-    _check_token_ids(wanted.forced, service.text.vocab_size, "forced_token_ids")
+    check_token_ids(wanted.stop_token_ids, service.text.vocab_size, "stop_token_ids")
+    check_token_ids(wanted.forced, service.text.vocab_size, "forced_token_ids")
     seed = secrets.randbits(63) if wanted.seed is None else _seed(wanted.seed)
     parameters = [_parameters(service, prompt, wanted, seed) for prompt in prompts]
     single = len(prompts) * choices == 1
@@ -109,7 +116,7 @@ def max_context(service: Service) -> int:
 
 
 def _parameters(service: Service, prompt: Prompt, wanted: Wanted, seed: int) -> SamplingParams:
-    _check_token_ids(prompt.tokens, service.text.vocab_size, prompt.name)
+    check_token_ids(prompt.tokens, service.text.vocab_size, prompt.name)
     temperature = 1.0 if wanted.temperature is None else wanted.temperature
     own = () if wanted.ignore_eos else sorted(service.text.eos_token_ids)
     return SamplingParams(
@@ -170,7 +177,8 @@ def _check_stops(wanted: Wanted) -> None:
         raise InvalidRequest(message, param="stop_token_ids")
 
 
-def _check_token_ids(tokens: tuple[int, ...], vocab_size: int, name: str) -> None:
+def check_token_ids(tokens: tuple[int, ...], vocab_size: int, name: str) -> None:
+    """Raises InvalidRequest naming the first that the model doesn't have."""
     if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
         raise InvalidRequest(f"token {wrong} isn't in the vocabulary of {vocab_size} tokens", param=name)

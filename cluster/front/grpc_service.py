@@ -11,7 +11,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.front.answering import answer
-from cluster.front.asks import Prompt, asks_of, check_model, encode_chat, encode_text, max_context
+from cluster.front.asks import (
+    Prompt,
+    asks_of,
+    check_model,
+    check_token_ids,
+    decode_tokens,
+    encode_chat,
+    encode_text,
+    max_context,
+)
 from cluster.front.grpc_calls import answering, write_within
 from cluster.front.grpc_health import Health
 from cluster.front.grpc_messages import (
@@ -33,6 +42,8 @@ if TYPE_CHECKING:
     from cluster.front.service import Ask, Delta, Service
     from diptych.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
     from diptych.v1.inference_pb2 import (
+        DetokenizeRequest,
+        DetokenizeResponse,
         GenerateRequest,
         ListModelsRequest,
         ListModelsResponse,
@@ -82,6 +93,14 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         """The tokens that Generate would compute."""
         async with answering(context, "tokenize"):
             return inference_pb2.TokenizeResponse(token_ids=(await self._prompt(request)).tokens)
+
+    async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:
+        """The tokens' text."""
+        async with answering(context, "detokenize"):
+            check_model(self._service, request.model or self._service.model_name)
+            tokens = tuple(request.token_ids)
+            check_token_ids(tokens, self._service.text.vocab_size, "token_ids")
+            return inference_pb2.DetokenizeResponse(text=await decode_tokens(self._service.text, tokens))
 
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
         """The one model served."""

@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING
 from diptych.errors import ServingError
 
 if TYPE_CHECKING:
+    from diptych.async_client import AsyncClient
     from diptych.client import Client
 
-__all__ = ["Client", "ServingError", "__version__"]
+__all__ = ["AsyncClient", "Client", "ServingError", "__version__"]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`Client` loads gRPC, which every worker that imports a type would otherwise pay for."""
+    """The clients load gRPC, which every worker that imports a type would otherwise pay for."""
+    if name == "AsyncClient":
+        from diptych.async_client import AsyncClient
+
+        return AsyncClient
     if name == "Client":
         from diptych.client import Client
 

@@ -49,6 +49,11 @@ class InferenceServiceStub:
                 request_serializer=diptych_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/diptych.v1.InferenceService/Detokenize',
+                request_serializer=diptych_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/diptych.v1.InferenceService/ListModels',
                 request_serializer=diptych_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -79,6 +84,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """The text of these tokens, special ones left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,6 +109,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=diptych_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=diptych_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -163,6 +180,33 @@ class InferenceService:
             '/diptych.v1.InferenceService/Tokenize',
             diptych_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             diptych_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.InferenceService/Detokenize',
+            diptych_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            diptych_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

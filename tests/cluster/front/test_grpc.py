@@ -296,4 +296,4 @@ def test_reflection_describes_the_services(channel: grpc.Channel) -> None:
         database.get_services()
     )
     described = DescriptorPool(database).FindServiceByName("diptych.v1.InferenceService")
-    assert [method.name for method in described.methods] == ["Generate", "Tokenize", "ListModels"]
+    assert [method.name for method in described.methods] == ["Generate", "Tokenize", "Detokenize", "ListModels"]

@@ -1,0 +1,134 @@
+"""What the blocking and the asyncio client share: requests, channel options, errors. Knows no connection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol, TypedDict, cast
+
+import grpc
+from google.rpc.status_pb2 import Status
+
+from diptych.errors import DeadlineExceeded, ServingError
+from diptych.rpc import from_status
+from diptych.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, Sampling, TokenIds, TokenizeRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+DEFAULT_TARGET: Final = "127.0.0.1:50051"
+MAX_MESSAGE_BYTES: Final = 8 << 20
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # The server allows a ping every 20 s; more often and it hangs up (too_many_pings).
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+"""Where gRPC carries a google.rpc.Status."""
+
+
+class Unreachable(ConnectionError):
+    """No front answers at this address."""
+
+
+class Wishes(TypedDict, total=False):
+    """What may be asked of an answer. Absent and None are unset: the front's default."""
+
+    model: str
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Iterable[str]
+    stop_token_ids: Iterable[int]
+    ignore_eos: bool
+    fingerprint: bool
+    """Each token comes with a SHA-256 over the bits of its logits."""
+    forced: Iterable[int]
+    """Teacher forcing: these tokens are emitted in turn, whatever the logits say."""
+    request_id: str
+
+
+def generate_request(
+    prompt: str | None,
+    messages: Sequence[Mapping[str, str]] | None,
+    tokens: Sequence[int] | None,
+    wishes: Wishes,
+) -> GenerateRequest:
+    """Raises ValueError unless exactly one prompt is given."""
+    if sum(given is not None for given in (prompt, messages, tokens)) != 1:
+        raise ValueError("give one of prompt, messages and tokens")
+    request = GenerateRequest(
+        model=wishes.get("model", ""),
+        sampling=Sampling(
+            max_tokens=wishes.get("max_tokens"),
+            temperature=wishes.get("temperature"),
+            top_p=wishes.get("top_p"),
+            top_k=wishes.get("top_k"),
+            seed=wishes.get("seed"),
+            stop=wishes.get("stop", ()),
+            stop_token_ids=wishes.get("stop_token_ids", ()),
+            ignore_eos=wishes.get("ignore_eos", False),
+        ),
+        request_id=wishes.get("request_id", ""),
+        fingerprint=wishes.get("fingerprint", False),
+        forced_token_ids=wishes.get("forced", ()),
+    )
+    if prompt is not None:
+        request.text = prompt
+    elif messages is not None:
+        request.chat.CopyFrom(_chat(messages))
+    elif tokens is not None:
+        request.token_ids.CopyFrom(TokenIds(ids=tokens))
+    return request
+
+
+def tokenize_request(prompt: str | None, messages: Sequence[Mapping[str, str]] | None) -> TokenizeRequest:
+    """Raises ValueError unless exactly one prompt is given."""
+    if (prompt is None) == (messages is None):
+        raise ValueError("give one of prompt and messages")
+    return TokenizeRequest(text=prompt, chat=None if messages is None else _chat(messages))
+
+
+def chat_messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """One question, after a system message if there is one."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def nobody_at(target: str) -> Unreachable:
+    """What a connection that doesn't come about means."""
+    return Unreachable(f"nothing answers at {target}; is `diptych serve` running?")
+
+
+def raised_by_the_front(error: grpc.RpcError, target: str) -> Exception:
+    """What the front raised, when it said so; what the connection's end means, when it did not."""
+    ended = cast("_Ended", error)
+    raised = _rich_error(ended)
+    if raised is not None:
+        return raised
+    if ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(ended.details())
+    if ended.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unreachable(f"{target} hung up: {ended.details()}")
+    return error
+
+
+class _Ended(Protocol):
+    """What gRPC's blocking and asyncio errors have in common, under no common type."""
+
+    def code(self) -> grpc.StatusCode: ...
+
+    def details(self) -> str | None: ...
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def _rich_error(ended: _Ended) -> ServingError | None:
+    details = [value for key, value in ended.trailing_metadata() or () if key == _DETAILS_KEY]
+    return from_status(Status.FromString(details[0])) if details and isinstance(details[0], bytes) else None
+
+
+def _chat(messages: Sequence[Mapping[str, str]]) -> Chat:
+    return Chat(messages=[ChatMessage(**message) for message in messages])
