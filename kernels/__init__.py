@@ -9,19 +9,29 @@ from kernels.reference.attention import DecodeTable, decode_attention, prefill_a
 from kernels.reference.blocks import pack_blocks, unpack_blocks, write_kv
 from kernels.reference.elementwise import apply_rope, rms_norm, rope_table, swiglu
 from kernels.reference.linear import linear, row_tile
-from kernels.reference.sampling import sample_tokens
+from kernels.reference.logits import Penalties, Places, Scores, allow_, ban_, bias_, penalise_, score
+from kernels.reference.sampling import Sampling, sample_tokens
 
 __all__ = [
     "DecodeTable",
+    "Penalties",
+    "Places",
+    "Sampling",
+    "Scores",
+    "allow_",
     "apply_rope",
+    "ban_",
+    "bias_",
     "decode_attention",
     "linear",
     "pack_blocks",
+    "penalise_",
     "prefill_attention",
     "rms_norm",
     "rope_table",
     "row_tile",
     "sample_tokens",
+    "score",
     "swiglu",
     "unpack_blocks",
     "write_kv",

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from diptych.errors import ServingError, TransferFailed
 from diptych.types import (
-    Emission,
     Failure,
     How,
     KvParcel,
@@ -31,7 +30,8 @@ from diptych.types import (
     WorkerSpec,
 )
 from workers.engine.batching import StepPlan
-from workers.engine.engine import Engine, Sampled, StepResult
+from workers.engine.engine import Engine, StepResult
+from workers.engine.sampling import Sampled
 from workers.engine.sequence import Sequence
 from workers.peers import Effects
 from workers.tombstones import Tombstones
@@ -342,20 +342,7 @@ class DecodeRole:
         first = not answer.spoke
         answer.spoke = True
         served = self._served(answer) if sampled.finish or first else None
-        self._effects.emit(
-            request.front,
-            Emission(
-                request.id,
-                answer.attempt,
-                request.choice,
-                sampled.index,
-                sampled.token,
-                sampled.finish,
-                served,
-                sampled.fingerprint,
-                sampled.argmax,
-            ),
-        )
+        self._effects.emit(request.front, sampled.emission(served))
         if sampled.finish:
             self.counters.finished += 1
             self._end(answer, "finished")

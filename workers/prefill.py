@@ -12,7 +12,6 @@ import torch
 
 from diptych.errors import LayoutMismatch, ServingError, TransferFailed
 from diptych.types import (
-    Emission,
     Failure,
     KvParcel,
     KvTicket,
@@ -26,7 +25,8 @@ from diptych.types import (
     WorkerSpec,
 )
 from workers.engine.batching import StepPlan
-from workers.engine.engine import Engine, Sampled, StepResult
+from workers.engine.engine import Engine, StepResult
+from workers.engine.sampling import Sampled
 from workers.engine.sequence import Sequence
 from workers.peers import Effects
 from workers.tombstones import Tombstones
@@ -198,17 +198,7 @@ class PrefillRole:
             kv_blocks_sent=job.blocks_sent,
             kv_bytes_sent=job.blocks_sent * self._engine.layout.block_bytes,
         )
-        first = Emission(
-            request.id,
-            job.order.attempt,
-            request.choice,
-            0,
-            sampled.token,
-            sampled.finish,
-            served,
-            sampled.fingerprint,
-            sampled.argmax,
-        )
+        first = sampled.emission(served)
         self._effects.emit(request.front, first)
         computed, cached = sequence.computed_tokens, sequence.cached_tokens
         self._reply(job, PrefillDone(first=first, computed_tokens=computed, cached_tokens=cached))

@@ -42,15 +42,37 @@ class SamplingParams:
     """
 
     max_tokens: int
+    min_tokens: int = 0
+    """Stop tokens can't be drawn, and stop strings don't count, while the answer has fewer."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0 is no limit."""
+    min_p: float = 0.0
+    """The least probability that is kept, as a share of the highest; 0 keeps all."""
     seed: int = 0
     """0 ≤ seed < 2**64."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes every token of prompt and answer less likely, below 1 more."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer has."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time that the answer has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit); each token once."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Nothing else is drawn; each token once. Empty allows all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Rows of tokens, none of which may come about, begun in the prompt or not."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer and are not part of it; the front adds the model's own."""
+    include_stop: bool = False
+    """The stop token or string is part of the answer."""
+    logprobs: int | None = None
+    """Each token carries its log-probability and so many of the best alternatives'."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, of the prompt's tokens but the first. The whole prompt is computed, cached or not."""
     fingerprint: bool = False
     """Each token carries a SHA-256 over the bits of the logits it came from."""
     forced: tuple[int, ...] = ()
@@ -124,6 +146,18 @@ class Served:
     kv_bytes_sent: int = 0
 
 
+class TokenLogprobs(NamedTuple):
+    """What the model gave one token: natural logarithms of the raw logits' softmax, before penalties
+    and temperature."""
+
+    logprob: float
+    rank: int
+    """1 is the most probable."""
+    top: tuple[int, ...] = ()
+    """The best tokens, the token itself perhaps among them, by falling probability."""
+    top_logprobs: tuple[float, ...] = ()
+
+
 class Emission(NamedTuple):
     """One token on its way to a front. Fenced by (request, attempt, choice, index)."""
 
@@ -139,6 +173,9 @@ class Emission(NamedTuple):
     """Set with `finish` (final) and with a worker's first token of the request (so far)."""
     fingerprint: bytes | None = None
     argmax: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With index 0, when asked for: of the prompt's tokens but the first."""
 
 
 class Failure(NamedTuple):

@@ -19,6 +19,9 @@ from typing import NamedTuple
 from workers.engine.blocks import BlockPool
 from workers.engine.sequence import Sequence
 
+SCORED_TOKENS = 256
+"""Prompt tokens in a step whose logits are kept, all of a vocabulary each: they bound its memory."""
+
 _by_arrival = attrgetter("arrival")
 
 
@@ -100,11 +103,14 @@ class Batcher:
         granted = self._admit(after_preemption=bool(preempted))
         decodes = [sequence for sequence in self._running if sequence.remaining == 1]
         budget = self._max_batch_tokens - len(decodes)
+        scoring = SCORED_TOKENS
         chunks: list[Work] = []
         for sequence in self._running:
-            if sequence.remaining > 1 and (count := self._chunk(sequence, budget, first=not chunks)):
+            room = min(budget, scoring) if sequence.scores_prompt else budget
+            if sequence.remaining > 1 and (count := self._chunk(sequence, room, first=not chunks)):
                 chunks.append(Work(sequence, sequence.computed, count))
                 budget -= count
+                scoring -= count if sequence.scores_prompt else 0
         return StepPlan(
             decodes=tuple(decodes), chunks=tuple(chunks), granted=tuple(granted), preempted=tuple(preempted)
         )

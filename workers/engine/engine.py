@@ -6,22 +6,20 @@ hand-off's blocks) takes effect in the next one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
-from diptych.errors import Internal
-from diptych.types import BlockId, Counters, Finish, KvLayout, Load, ModelDtype
+from diptych.errors import Internal, ServingError
+from diptych.types import BlockId, Counters, KvLayout, Load, ModelDtype
 from kernels.reference.attention import SPLIT
 from workers.engine.batching import Batcher, StepPlan, Work
 from workers.engine.blocks import BlockPool
 from workers.engine.model import Batch, Chunk, Model
-from workers.engine.noise import uniform
+from workers.engine.sampling import Sampled, Sampler, score_prompt
 from workers.engine.sequence import Sequence
 from workers.engine.weights import TORCH_DTYPE
 
@@ -37,24 +35,13 @@ class EngineLimits:
     max_context: int
 
 
-class Sampled(NamedTuple):
-    """A sequence's next token."""
-
-    sequence: Sequence
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    token: int
-    finish: Finish | None
-    fingerprint: bytes | None
-    argmax: int | None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step did."""
 
     plan: StepPlan
     sampled: tuple[Sampled, ...]
-    failed: tuple[tuple[Sequence, Internal], ...]
+    failed: tuple[tuple[Sequence, ServingError], ...]
 
 
 class Engine:
@@ -79,6 +66,7 @@ class Engine:
         )
         self._model = model
         self._device = device
+        self._sampler = Sampler(device)
         # Zeros, not empty: masked positions are read and must be finite. The pages come on first use.
         self.arena = torch.zeros((limits.blocks, *self.layout.block_shape), dtype=TORCH_DTYPE[dtype], device=device)
         self._steps = self._decode_steps = self._decode_rows = 0
@@ -95,6 +83,7 @@ class Engine:
         self.batcher.remove(sequence)
         self.pool.release(sequence.ticket)
         self.pool.release(sequence.owner)
+        self._sampler.forget(sequence)
 
     def join(self, sequence: Sequence, first_token: int) -> None:
         """A hand-off's blocks are all here: the sequence decodes from its first token on."""
@@ -134,13 +123,23 @@ class Engine:
         if not plan.decodes and not plan.chunks:
             return StepResult(plan=plan, sampled=(), failed=())
         ready = [*plan.decodes, *(work.sequence for work in plan.chunks if work.count == work.sequence.remaining)]
-        logits = self._model.forward(self._batch(plan, ready), self.arena)
+        scored = [scored for work in plan.chunks if (scored := _scored(work))]
+        logits = self._model.forward(self._batch(plan, ready, scored), self.arena)
         self._steps += 1
         self._decode_steps += bool(plan.decodes)
         self._decode_rows += len(plan.decodes)
         for work in (*(Work(sequence, sequence.computed, 1) for sequence in plan.decodes), *plan.chunks):
             self._advance(work)
-        return self._choose(plan, ready, logits)
+        first = len(ready)
+        for sequence, start, count in scored:
+            score_prompt(sequence, start, logits[first : first + count])
+            first += count
+        chosen = self._sampler.choose(ready, logits[: len(ready)])
+        for sequence, error in chosen.failed:
+            if isinstance(error, Internal):
+                self._scrub(sequence)
+        self._emitted += len(chosen.sampled)
+        return StepResult(plan=plan, sampled=chosen.sampled, failed=chosen.failed)
 
     def _advance(self, work: Work) -> None:
         sequence = work.sequence
@@ -160,45 +159,6 @@ class Engine:
             self.pool.name(sequence.blocks[index], names[index], sequence.owner)
         sequence.named = sequence.full_blocks
 
-    def _choose(self, plan: StepPlan, ready: list[Sequence], logits: Tensor) -> StepResult:
-        if not ready:
-            return StepResult(plan=plan, sampled=(), failed=())
-        finite = _numbers(torch.isfinite(logits).all(-1))
-        tokens = self._sample(ready, logits)
-        argmax = _numbers(logits.argmax(-1)) if any(sequence.request.params.forced for sequence in ready) else tokens
-        sampled: list[Sampled] = []
-        failed: list[tuple[Sequence, Internal]] = []
-        for row, sequence in enumerate(ready):
-            if not finite[row]:
-                failed.append((sequence, Internal(f"{sequence.request.id}: the model's logits are not finite")))
-                continue
-            params, index = sequence.request.params, sequence.generated
-            token = params.forced[index] if index < len(params.forced) else tokens[row]
-            fingerprint = _fingerprint(logits[row]) if params.fingerprint else None
-            finish = sequence.accept(token)
-            sampled.append(Sampled(sequence, index, token, finish, fingerprint, argmax[row] if params.forced else None))
-        for sequence, _ in failed:
-            self._scrub(sequence)
-        self._emitted += len(sampled)
-        return StepResult(plan=plan, sampled=tuple(sampled), failed=tuple(failed))
-
-    def _sample(self, ready: list[Sequence], logits: Tensor) -> list[int]:
-        params = [sequence.request.params for sequence in ready]
-        if all(each.temperature == 0 for each in params):
-            return _numbers(logits.argmax(-1))
-        noise = [
-            uniform(each.seed, sequence.request.choice, len(sequence.tokens))
-            for each, sequence in zip(params, ready, strict=True)
-        ]
-        tokens = kernels.sample_tokens(
-            logits,
-            torch.tensor([each.temperature for each in params], device=self._device),
-            torch.tensor([each.top_k for each in params]),
-            torch.tensor([each.top_p for each in params], dtype=torch.float64),
-            torch.tensor(noise, dtype=torch.float64),
-        )
-        return _numbers(tokens)
-
     def _scrub(self, sequence: Sequence) -> None:
         """Masked positions are read: a block with an infinity must not stay behind in the pool."""
         blocks = list(sequence.blocks)
@@ -215,16 +175,17 @@ class Engine:
     def _ids(self, blocks: SequenceOf[BlockId]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self._device)
 
-    def _batch(self, plan: StepPlan, ready: list[Sequence]) -> Batch:
+    def _batch(self, plan: StepPlan, ready: list[Sequence], scored: list[Work]) -> Batch:
         # Attention visits split j for the rows that reach it: longest first.
         decodes = sorted(plan.decodes, key=lambda sequence: -len(sequence.tokens))
         tokens: list[int] = []
         positions: list[int] = []
         blocks: list[BlockId] = []
         rows: dict[Sequence, int] = {}
+        first_rows: dict[Sequence, int] = {}
         chunks: list[Chunk] = []
         for sequence, start, count in (*(Work(each, each.computed, 1) for each in decodes), *plan.chunks):
-            first_row = len(tokens)
+            first_row = first_rows[sequence] = len(tokens)
             tokens += sequence.tokens[start : start + count]
             in_blocks, at = sequence.rows(start, count)
             blocks += in_blocks
@@ -233,6 +194,9 @@ class Engine:
             if len(rows) > len(decodes):
                 padded = self._padded(sequence.blocks, start + count)
                 chunks.append(Chunk(first_row, len(tokens), start, self._ids(padded)))
+        wanted = [rows[sequence] for sequence in ready]
+        for sequence, _, count in scored:
+            wanted += range(first_rows[sequence], first_rows[sequence] + count)
         at_positions = self._ids_of(positions)
         return Batch(
             tokens=self._ids_of(tokens),
@@ -242,7 +206,7 @@ class Engine:
             decode_rows=len(decodes),
             table=self._table(decodes) if decodes else None,
             chunks=tuple(chunks),
-            logit_rows=self._ids_of([rows[sequence] for sequence in ready]),
+            logit_rows=self._ids_of(wanted),
         )
 
     def _ids_of(self, numbers: list[int]) -> Tensor:
@@ -291,9 +255,9 @@ class Engine:
         )
 
 
-def _numbers(tensor: Tensor) -> list[int]:
-    return tensor.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def _fingerprint(row: Tensor) -> bytes:
-    return hashlib.sha256(row.contiguous().cpu().numpy().tobytes()).digest()
+def _scored(work: Work) -> Work | None:
+    """The part of a chunk whose logits are about the prompt itself: the last token's are about the answer."""
+    if not work.sequence.scores_prompt:
+        return None
+    end = min(work.start + work.count, work.sequence.prompt_length - 1)
+    return Work(work.sequence, work.start, end - work.start) if end > work.start else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from diptych.hashing import block_hashes, granule_hashes
-from diptych.types import BlockHash, BlockId, Finish, Request
+from diptych.types import BlockHash, BlockId, Finish, Request, TokenLogprobs
 
 Task: TypeAlias = Literal["answer", "prefill", "decode"]
 """answer: prompt and tokens here · prefill: up to the first token, then the KV goes elsewhere ·
@@ -38,6 +38,8 @@ class Sequence:
     computed_tokens: int = 0
     """Prompt tokens computed here, again after a preemption included."""
     admissions: int = 0
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Of the prompt's tokens from the second on, as far as computed and asked for."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)
@@ -77,9 +79,16 @@ class Sequence:
         """Leading blocks whose every token is computed."""
         return self.computed // self.block_size
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether every prompt token has to be computed here, for what the model says of it."""
+        return self.request.params.prompt_logprobs is not None and self.task != "decode" and not self.generated
+
     def reusable_names(self) -> tuple[BlockHash, ...]:
         """Names of the blocks a cache could give: at least one token is always left to compute,
         except for a hand-off, where nothing is computed here."""
+        if self.scores_prompt:
+            return ()
         last = self.prompt_length if self.task == "decode" else len(self.tokens) - 1
         return self.names()[: last // self.block_size]
 
@@ -103,6 +112,7 @@ class Sequence:
         """It lost its blocks; everything is computed again, from what is then cached."""
         self.computed = self.named = 0
         self.blocks = []
+        self.prompt_scores = []
         if self.task == "decode":
             self.task = "answer"
 
