@@ -176,8 +176,11 @@ class PrefillRole:
     def _granted(self, job: _Job, ticket: KvTicket | ServingError | None) -> None:
         if not job.transfer.live:
             return
-        if not isinstance(ticket, KvTicket):
-            self._fail(job, f"no room at {job.order.decode}: {ticket or 'the request is over there'}")
+        if ticket is None:  # given up over there: the word of that may come before or after this
+            self.withdraw(job.order.request.id, job.order.attempt)
+            return
+        if isinstance(ticket, ServingError):
+            self._fail(job, f"no room at {job.order.decode}: {ticket}")
             return
         job.ticket = ticket
         job.next_block = ticket.first
