@@ -7,7 +7,17 @@ device. Nobody passes a backend name.
 
 from kernels.reference.attention import DecodeTable, decode_attention, prefill_attention
 from kernels.reference.blocks import pack_blocks, unpack_blocks, write_kv
-from kernels.reference.elementwise import apply_rope, rms_norm, rope_table, swiglu
+from kernels.reference.elementwise import (
+    apply_rope,
+    geglu,
+    rms_norm,
+    rope_frequencies,
+    rope_table,
+    soft_cap,
+    swiglu,
+    tanh_geglu,
+    turn_table,
+)
 from kernels.reference.linear import linear, row_tile
 from kernels.reference.logits import Penalties, Places, Scores, allow_, ban_, bias_, penalise_, score
 from kernels.reference.sampling import Sampling, sample_tokens
@@ -23,16 +33,21 @@ __all__ = [
     "ban_",
     "bias_",
     "decode_attention",
+    "geglu",
     "linear",
     "pack_blocks",
     "penalise_",
     "prefill_attention",
     "rms_norm",
+    "rope_frequencies",
     "rope_table",
     "row_tile",
     "sample_tokens",
     "score",
+    "soft_cap",
     "swiglu",
+    "tanh_geglu",
+    "turn_table",
     "unpack_blocks",
     "write_kv",
 ]
