@@ -7,10 +7,10 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test check format proto clean install
+.PHONY: help serve test test-full check format proto clean install
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 serve: ## Install, fetch the default model and serve it; ARGS="--prefill 2 ..." passes arguments
 	@tools/setup.sh
@@ -20,8 +20,14 @@ serve: ## Install, fetch the default model and serve it; ARGS="--prefill 2 ..." 
 install: ## Make .venv with everything that tests and checks need
 	@tools/setup.sh test,dev
 
-test: install ## All tests, end to end too; PYTEST_ARGS="-k ..." passes arguments
-	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+# Two at a time, but whole clusters one after the other: they take both cores.
+test: install ## The tests, end to end too; PYTEST_ARGS="-k ..." passes arguments
+	@$(BIN)/python -m pytest -n 2 -m "not e2e and not full" $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -m "e2e and not full" $(PYTEST_ARGS)
+
+test-full: test ## Also what takes longer than CI has, with real clients of all kinds
+	@$(BIN)/python -m pytest -m full $(PYTEST_ARGS)
+	@exec tests/clients/run --heavy
 
 check: install ## Format, lint, types and protocol, changing nothing
 	$(BIN)/ruff format --check .
