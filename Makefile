@@ -22,7 +22,7 @@ install: ## Make .venv with everything that tests and checks need
 
 # Two at a time, but whole clusters one after the other: they take both cores.
 test: install ## The tests, end to end too; PYTEST_ARGS="-k ..." passes arguments
-	@$(BIN)/python -m pytest -n 2 -m "not e2e and not full" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not full" $(PYTEST_ARGS)
 	@exec $(BIN)/python -m pytest -m "e2e and not full" $(PYTEST_ARGS)
 
 test-full: test ## Also what takes longer than CI has, with real clients of all kinds
