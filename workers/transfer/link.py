@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
@@ -29,6 +30,8 @@ from diptych.errors import TransferFailed
 from diptych.types import LinkKind, PairAddress
 
 Side = Literal["sender", "receiver"]
+_LOOK_SECONDS = 0.005
+"""How often one side of a pair looks whether the other came."""
 Address: TypeAlias = str
 Connections: TypeAlias = dict[tuple[Address, Address], socket.socket]
 """(our end, their end) → a duplicate of ours."""
@@ -99,6 +102,7 @@ class PairLink:
             store = place.join() if place else self._dial(address)
             store.set_timeout(self._timeout)
             prefixed = PrefixStore(key, store)
+            self._meet(prefixed, key)
             if self._kind == "gloo":
                 self._open_gloo(prefixed)
             else:
@@ -107,6 +111,9 @@ class PairLink:
             raise TransferFailed(f"pair {key} did not meet within {self._timeout}: {error}") from error
         if place:
             self._forget(store, address)
+        if self._closed.is_set():  # before it had sockets to shut
+            self.close()
+            raise TransferFailed(f"pair {key} was closed while it opened")
 
     def send(self, packed: Tensor) -> None:
         """packed: [bytes] uint8. Returns when the receiver has it (gloo) or it left (NCCL)."""
@@ -148,6 +155,18 @@ class PairLink:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         return torch.cuda.stream(self._stream)
+
+    def _meet(self, store: Store, key: str) -> None:
+        """Until the other side is here too. From then on both are quick; this wait alone may be long, so
+        that `close` must end it, and a store's own waits can't be ended."""
+        store.set(f"here/{self._side}", "")
+        theirs = "receiver" if self._side == "sender" else "sender"
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not store.check([f"here/{theirs}"]):
+            if self._closed.wait(_LOOK_SECONDS):
+                raise TransferFailed(f"pair {key} was closed while it opened")
+            if time.monotonic() > deadline:
+                raise TransferFailed(f"pair {key} did not meet within {self._timeout}: no {theirs} came")
 
     def _dial(self, address: PairAddress) -> TCPStore:
         return TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=self._timeout)
@@ -221,11 +240,18 @@ def _connected(files: set[int]) -> Connections:
     """Duplicates of the TCP connections among these descriptors."""
     found: Connections = {}
     for end in _sockets(files):
-        try:
-            found[f"{end.getsockname()}", f"{end.getpeername()}"] = end
-        except OSError:
+        ends = _ends(end)
+        if ends is None or ends in found:  # another link's duplicate of the same
             end.close()
+        else:
+            found[ends] = end
     return found
+
+
+def _ends(end: socket.socket) -> tuple[Address, Address] | None:
+    with suppress(OSError):  # listening, or not connected any more
+        return f"{end.getsockname()}", f"{end.getpeername()}"
+    return None
 
 
 def _sockets(files: set[int]) -> Iterator[socket.socket]:

@@ -1,4 +1,4 @@
-"""A pair's one thread: opens the link, then moves parcels in order. Knows parcels, not requests.
+"""A pair's one thread: opens the link for the first parcel, then moves them in order. Knows no requests.
 
 The engine's thread hands buffers in and is called back; it never waits for a link.
 """
@@ -60,13 +60,14 @@ class SenderPair:
     def _run(self) -> None:
         sequence = 0
         try:
-            self._link.open(self.address)
             while (shipment := self._queue.get()) is not None:
                 checksum = self._verifier.checksum(shipment.packed, sequence)
                 parcel = _numbered(shipment.parcel, sequence, checksum)
                 sequence += 1
                 # Announced before it is sent: the receiver posts its receive on our word, never on a guess.
                 shipment.announce(parcel)
+                if not parcel.sequence:
+                    self._link.open(self.address)
                 self._link.send(shipment.packed)
                 shipment.sent(parcel)
         except TransferFailed as error:
@@ -112,8 +113,10 @@ class ReceiverPair:
         announced: dict[int, KvParcel] = {}
         expected = 0
         try:
-            self._link.open(self.address, self._place)
             while (parcel := self._announced.get()) is not None:
+                # Not before there is something to receive: a ticket may end with nothing to send.
+                if not announced and not expected:
+                    self._link.open(self.address, self._place)
                 announced[parcel.sequence] = parcel
                 while (parcel := announced.pop(expected, None)) is not None:
                     self._on_landed(parcel, self._link.receive(parcel.nbytes))
