@@ -56,12 +56,14 @@ class Reporter:
             news, self._pending = self._pending, None
             if news is None:
                 continue
-            try:
-                wants_full = await asyncio.wait_for(report(self._numbered(news)), _TIMEOUT_SECONDS)
-            except (TimeoutError, ServingError):
-                wants_full = True
-            if wants_full:
+            if await self._wants_full(report, self._numbered(news)):
                 self._request_full()
+
+    async def _wants_full(self, report: Callable[[Report], Awaitable[bool]], news: Report) -> bool:
+        try:
+            return await asyncio.wait_for(report(news), _TIMEOUT_SECONDS)
+        except (TimeoutError, ServingError):
+            return True  # whether it arrived or not: what it told is told again
 
     def _numbered(self, news: Snapshot) -> Report:
         number, self._number = self._number, self._number + 1
