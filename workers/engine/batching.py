@@ -39,6 +39,8 @@ class StepPlan:
 
     decodes: tuple[Sequence, ...]
     chunks: tuple[Work, ...]
+    admitted: tuple[Sequence, ...]
+    """Those that compute here from now on, again after a preemption included."""
     granted: tuple[Sequence, ...]
     """Hand-offs that got their room: their tickets can be written."""
     preempted: tuple[Sequence, ...]
@@ -100,7 +102,7 @@ class Batcher:
         for sequence in tuple(self._running):  # oldest first
             if sequence in self._running:
                 self._make_room(sequence, preempted)
-        granted = self._admit(after_preemption=bool(preempted))
+        admitted = [] if preempted else self._admit()
         decodes = [sequence for sequence in self._running if sequence.remaining == 1]
         budget = self._max_batch_tokens - len(decodes)
         scoring = SCORED_TOKENS
@@ -112,7 +114,11 @@ class Batcher:
                 budget -= count
                 scoring -= count if sequence.scores_prompt else 0
         return StepPlan(
-            decodes=tuple(decodes), chunks=tuple(chunks), granted=tuple(granted), preempted=tuple(preempted)
+            decodes=tuple(decodes),
+            chunks=tuple(chunks),
+            admitted=tuple(sequence for sequence in admitted if sequence.task != "decode"),
+            granted=tuple(sequence for sequence in admitted if sequence.task == "decode"),
+            preempted=tuple(preempted),
         )
 
     def _chunk(self, sequence: Sequence, budget: int, *, first: bool) -> int:
@@ -141,15 +147,15 @@ class Batcher:
                 return
         sequence.blocks += blocks
 
-    def _admit(self, *, after_preemption: bool) -> list[Sequence]:
-        """In the order of arrival, as long as there is room. Returns the hand-offs among them.
+    def _admit(self) -> list[Sequence]:
+        """In the order of arrival, as long as there is room.
 
         A prompt is admitted when the step has tokens for it: blocks that wait for their turn are
         no use, and by then an earlier prompt may have left its prefix in the cache.
         """
-        granted: list[Sequence] = []
+        admitted: list[Sequence] = []
         tokens = self._max_batch_tokens - sum(sequence.remaining for sequence in self._running)
-        for sequence in () if after_preemption else tuple(self._waiting):
+        for sequence in tuple(self._waiting):
             if len(self._running) + len(self._granted) >= self._max_running:
                 break
             if tokens <= 0 and sequence.task != "decode":
@@ -158,13 +164,13 @@ class Batcher:
                 break
             self._waiting.remove(sequence)
             sequence.admissions += 1
+            admitted.append(sequence)
             if sequence.task == "decode":
                 self._granted.append(sequence)
-                granted.append(sequence)
             else:
                 bisect.insort(self._running, sequence, key=_by_arrival)
                 tokens -= sequence.remaining
-        return granted
+        return admitted
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Cached blocks and new ones for all its tokens so far, or nothing."""

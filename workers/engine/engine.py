@@ -116,6 +116,7 @@ class Engine:
         """Who computes what next; their blocks are reserved from now on."""
         plan = self.batcher.plan()
         self._preemptions += len(plan.preempted)
+        self._cached += sum(sequence.cached_tokens for sequence in plan.admitted if sequence.admissions == 1)
         return plan
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -144,8 +145,6 @@ class Engine:
     def _advance(self, work: Work) -> None:
         sequence = work.sequence
         of_prompt = max(0, min(work.start + work.count, sequence.prompt_length) - work.start)
-        if work.start == sequence.cached_tokens and sequence.admissions == 1 and of_prompt:
-            self._cached += sequence.cached_tokens
         sequence.computed_tokens += of_prompt
         self._computed += of_prompt
         sequence.computed += work.count
@@ -220,9 +219,12 @@ class Engine:
         return kernels.DecodeTable(torch.tensor(padded, device=self._device), self._ids_of(lengths), reach)
 
     def _padded(self, blocks: list[BlockId], length: int) -> list[BlockId]:
-        """Block ids for whole splits up to `length` positions."""
+        """Block ids for whole splits up to `length` positions.
+
+        Padded with a block of its own: what another sequence's holds may have just overflowed.
+        """
         wanted = -(-length // SPLIT) * SPLIT // self.limits.block_size
-        return blocks[:wanted] + [BlockId(0)] * (wanted - len(blocks))
+        return blocks[:wanted] + blocks[:1] * (wanted - len(blocks))
 
     # ---- what it says of itself -----------------------------------------------------------------------
 
