@@ -7,6 +7,9 @@ process and not in the driver's. Ray never retries or restarts: that belongs to 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -66,6 +69,11 @@ async def answer(what: Awaitable[T], who: str) -> T:
         raise WorkerLost(f"{who} can't be reached: {error}") from error
 
 
+async def _remote(method: Any, *arguments: object) -> Any:  # noqa: ANN401 (handles are untyped)
+    """A call that is refused when it is sent fails like one that is refused there."""
+    return await method.remote(*arguments)
+
+
 class RayPeer:
     """Another worker, through its handle (workers.peers.Peer)."""
 
@@ -74,25 +82,25 @@ class RayPeer:
         self._handle = handle
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
-        return await answer(self._handle.run.remote(order), self._who)
+        return await answer(_remote(self._handle.run, order), self._who)
 
     async def is_pending(self, request: RequestId, attempt: int) -> bool:
-        return await answer(self._handle.is_pending.remote(request, attempt), self._who)
+        return await answer(_remote(self._handle.is_pending, request, attempt), self._who)
 
     async def committed(self, transfer: TransferId) -> None:
-        await answer(self._handle.committed.remote(transfer), self._who)
+        await answer(_remote(self._handle.committed, transfer), self._who)
 
     async def withdraw(self, request: RequestId, attempt: int) -> None:
-        await answer(self._handle.withdraw.remote(request, attempt), self._who)
+        await answer(_remote(self._handle.withdraw, request, attempt), self._who)
 
     async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
-        return await answer(self._handle.grant.remote(request, attempt), self._who)
+        return await answer(_remote(self._handle.grant, request, attempt), self._who)
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
-        await answer(self._handle.expect.remote(sender, parcel), self._who)
+        await answer(_remote(self._handle.expect, sender, parcel), self._who)
 
     async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
-        await answer(self._handle.transfer_failed.remote(request, attempt, reason), self._who)
+        await answer(_remote(self._handle.transfer_failed, request, attempt, reason), self._who)
 
 
 class WorkerActor:
@@ -101,6 +109,7 @@ class WorkerActor:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._worker: Worker | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> WorkerInfo:
         """Load torch and the model."""
@@ -109,7 +118,14 @@ class WorkerActor:
         if not self._spec.host:
             self._spec = replace(self._spec, host=str(ray.util.get_node_ip_address()))  # pyright: ignore
         self._worker = Worker(self._spec)
+        self._watch = asyncio.ensure_future(self._exit_when_broken(self._worker))
         return await self._worker.start()
+
+    async def _exit_when_broken(self, worker: Worker) -> None:
+        """A worker without an engine is of no use: its process ends, which is what pools watch."""
+        traceback.print_exception(await worker.wait_broken())
+        sys.stderr.flush()
+        os._exit(1)
 
     async def meet(self, peers: Mapping[WorkerId, Any]) -> None:
         """Handles of all other workers."""
@@ -119,7 +135,7 @@ class WorkerActor:
         """The scheduler's handle."""
 
         async def report(report: Report) -> bool:
-            return await answer(scheduler.report.remote(report), "the scheduler")
+            return await answer(_remote(scheduler.report, report), "the scheduler")
 
         self._it.report_to(report)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diptych.errors import ServingError, TransferFailed
+from diptych.errors import Internal, ServingError, TransferFailed, WorkerLost
 from diptych.types import (
     Failure,
     How,
@@ -166,15 +166,18 @@ class DecodeRole:
 
         The one method for any thread: a receive that waited for a step would stall the sender.
         """
+        self._post(self._announced, parcel)  # first: it must not overtake the landing
         pair = self._pairs.get(sender)
         if pair is not None and pair.address.epoch == parcel.epoch:
             pair.expect(parcel)
-        self._post(self._announced, parcel)
 
     def _announced(self, parcel: KvParcel) -> None:
-        if (answer := self._by_transfer.get(parcel.transfer)) and (handoff := answer.handoff):
-            handoff.transfer.advance(State.SENDING)
-            self._touch(handoff)
+        answer = self._by_transfer.get(parcel.transfer)
+        handoff = answer.handoff if answer else None
+        if handoff is None or handoff.transfer.state not in (State.GRANTED, State.SENDING):
+            return  # it is over, or said twice
+        handoff.transfer.advance(State.SENDING)
+        self._touch(handoff)
 
     def landed(self, parcel: KvParcel, packed: Tensor) -> None:
         """A parcel's bytes are here, in a buffer that is the ticket's alone."""
@@ -197,12 +200,17 @@ class DecodeRole:
         self._try_commit(answer)
 
     def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
-        """The sender gave up. Whatever broke there, the pair is in doubt: it is rebuilt."""
+        """The sender gave up."""
         answer = self._answers.get((request, attempt))
         if answer and answer.handoff:
-            prefill = answer.handoff.prefill
-            self._recover(answer, State.FAILED, reason)
-            self._retire_pair(prefill, reason)
+            self._doubt(answer, answer.handoff, State.FAILED, reason)
+
+    def peer_left(self, prefill: WorkerId) -> None:
+        """It died: its hand-offs are computed here, and whoever takes its name gets a new pair."""
+        for answer in list(self._by_transfer.values()):
+            if answer.handoff and answer.handoff.prefill == prefill:
+                self._recover(answer, State.FAILED, f"{prefill} left")
+        self._retire_pair(prefill, f"{prefill} left")
 
     # ---- around a step ----------------------------------------------------------------------------------
 
@@ -222,14 +230,18 @@ class DecodeRole:
                 self._end(answer, str(error))
 
     def tick(self) -> None:
-        """Leases that ran out. The pair is in doubt: it is rebuilt."""
+        """Leases that ran out."""
         now = self._effects.now()
         reason = f"no progress for {self._spec.lease_seconds} s"
         for answer in list(self._by_transfer.values()):
             if answer.handoff and answer.handoff.deadline <= now:
-                prefill = answer.handoff.prefill
-                self._recover(answer, State.EXPIRED, reason)
-                self._retire_pair(prefill, reason)
+                self._doubt(answer, answer.handoff, State.EXPIRED, reason)
+
+    def fail_all(self, reason: str) -> None:
+        """The engine broke: every front hears of it."""
+        for answer in self._answers.values():
+            error = Internal(f"{answer.request.id}: {reason}")
+            self._effects.emit(answer.request.front, Failure(answer.request.id, answer.attempt, error))
 
     def owners(self) -> set[str]:
         """Who may hold blocks on behalf of this role."""
@@ -289,6 +301,8 @@ class DecodeRole:
             return
         if isinstance(done, ServingError):
             self._recover(answer, State.FAILED, str(done))
+            if isinstance(done, WorkerLost):
+                self._retire_pair(handoff.prefill, str(done))
             return
         if done.first.finish:  # prefill spoke the first and last token
             self.counters.finished += 1
@@ -314,6 +328,12 @@ class DecodeRole:
         self._effects.call(handoff.prefill, lambda peer: peer.committed(transfer))
         handoff.transfer.advance(State.RELEASED)
         self._forget_handoff(answer)
+
+    def _doubt(self, answer: _Answer, handoff: _Handoff, how: State, reason: str) -> None:
+        """Whatever broke under a ticket, its pair is in doubt: it is rebuilt."""
+        self._recover(answer, how, reason)
+        if handoff.ticket:
+            self._retire_pair(handoff.prefill, reason)
 
     def _recover(self, answer: _Answer, how: State, reason: str) -> None:
         """No commit: what was promised is void, and the prompt is computed here."""

@@ -44,6 +44,10 @@ class Listener(Protocol):
 
     def changed(self, snapshot: Snapshot) -> None: ...
 
+    def broke(self, error: BaseException) -> None:
+        """A bug ended the thread: nothing will be computed any more."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
@@ -65,6 +69,7 @@ class EngineThread:
         self._ready: Callable[[Roles | BaseException], None] = _nobody
         self._moved = time.monotonic()
         self._busy = False
+        self._ended = False
         self._want_full = True
         self._leaked = 0
         self._steps = 0
@@ -107,7 +112,9 @@ class EngineThread:
         self._want_full = True
 
     def silent_seconds(self) -> float:
-        """How long a busy engine has not come round; 0 when idle."""
+        """How long a busy engine has not come round; 0 when idle, for ever when it ended."""
+        if self._ended:
+            return float("inf")
         return time.monotonic() - self._moved if self._busy else 0.0
 
     # ---- the thread ---------------------------------------------------------------------------------
@@ -124,7 +131,13 @@ class EngineThread:
         self._ready(roles)
         try:
             self._run(roles, listener, take_step)
+        except BaseException as error:  # the thread's last door: everyone hears of it
+            self._ended = True
+            roles.decode.fail_all(f"the engine of this worker broke: {error!r}")
+            listener.step_done(take_step())
+            listener.broke(error)
         finally:
+            self._ended = True
             roles.prefill.close()
             roles.decode.close()
 
@@ -148,7 +161,8 @@ class EngineThread:
             now = time.monotonic()
             age = now - reported
             settled = dirty and not progress
-            if settled or (dirty and age >= _REPORT_SECONDS) or age >= _HEARTBEAT_SECONDS or self._want_full:
+            due = (dirty or self._want_full) and age >= _REPORT_SECONDS
+            if settled or due or age >= _HEARTBEAT_SECONDS:
                 listener.changed(self._snapshot(roles, audit=settled))
                 reported, dirty = now, False
             self._busy = False

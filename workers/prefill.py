@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diptych.errors import LayoutMismatch, ServingError, TransferFailed
+from diptych.errors import PromptTooLong, ServingError, TransferFailed
 from diptych.types import (
     Failure,
     KvParcel,
     KvTicket,
-    LinkKind,
+    PairAddress,
     PrefillDone,
     PrefillOrder,
     RequestId,
@@ -92,6 +92,10 @@ class PrefillRole:
         if key in self._tombstones or key in self._jobs:
             reply(TransferFailed(f"{order.request.id}: the order was withdrawn"))
             return
+        tokens, limit = len(order.request.tokens), self._engine.limits.max_context
+        if tokens > limit:  # it would wait at the head of the queue for ever
+            reply(PromptTooLong(f"{order.request.id}: {tokens} prompt tokens, {self._spec.id} holds {limit}"))
+            return
         sequence = Sequence(
             request=order.request,
             attempt=order.attempt,
@@ -103,9 +107,6 @@ class PrefillRole:
         job = _Job(order, sequence, Transfer(_transfer_id(order), self.counters.tally), reply, float("inf"))
         self._jobs[key] = self._by_sequence[sequence] = job
         self._engine.add(sequence)
-
-    def is_pending(self, request: RequestId, attempt: int) -> bool:
-        return (request, attempt) in self._jobs
 
     def withdraw(self, request: RequestId, attempt: int) -> None:
         """Idempotent; one that overtakes its order leaves a tombstone."""
@@ -121,10 +122,19 @@ class PrefillRole:
         job = next((job for job in self._jobs.values() if job.transfer.id == transfer), None)
         if job is None:
             return
-        # It can only commit what it got: that our link thread has not said so yet is a matter of time.
+        # It can only commit what it got: that its grant is still on the way here, or that our link
+        # thread has not said so yet, is a matter of time.
+        if job.transfer.state is State.NEW:
+            job.transfer.advance(State.GRANTED)
         job.transfer.advance(State.LANDED)
         job.transfer.advance(State.COMMITTED)
         self._end(job, State.RELEASED)
+
+    def peer_left(self, decode: WorkerId) -> None:
+        """It died: nobody waits for its prompts."""
+        for job in [job for job in self._jobs.values() if job.order.decode == decode]:
+            self._end(job, State.FAILED, f"{decode} left")
+        self._retire_pair(decode, f"{decode} left")
 
     # ---- around a step ------------------------------------------------------------------------------
 
@@ -142,18 +152,22 @@ class PrefillRole:
                 )
 
     def after_step(self, result: StepResult) -> None:
-        """First tokens leave at once; then what was computed goes on the links."""
-        for sampled in result.sampled:
-            if job := self._by_sequence.get(sampled.sequence):
-                self._first_token(job, sampled)
-        for sequence in result.plan.computing:
-            if job := self._by_sequence.get(sequence):
-                self._ship(job)
+        """First tokens leave at once; then what was computed goes on the links.
+
+        What failed is ended before: its blocks are not its own any more.
+        """
         for sequence, error in result.failed:
             if job := self._by_sequence.get(sequence):
                 self._effects.emit(job.order.request.front, Failure(job.order.request.id, job.order.attempt, error))
                 self._reply(job, error)
                 self._end(job, State.FAILED, str(error))
+        for sampled in result.sampled:
+            if job := self._by_sequence.get(sampled.sequence):
+                self._first_token(job, sampled)
+        for sequence in result.plan.computing:
+            if job := self._by_sequence.get(sequence):
+                self._touch(job)
+                self._ship(job)
 
     def tick(self) -> None:
         """Leases that ran out."""
@@ -181,6 +195,12 @@ class PrefillRole:
             return
         if isinstance(ticket, ServingError):
             self._fail(job, f"no room at {job.order.decode}: {ticket}")
+            return
+        if ticket.link != self._spec.link:
+            self._fail(job, f"{ticket.decode} receives over {ticket.link}, we send over {self._spec.link}")
+            return
+        if self._is_stale(ticket):
+            self._fail(job, "its pair was rebuilt")
             return
         job.ticket = ticket
         job.next_block = ticket.first
@@ -237,15 +257,22 @@ class PrefillRole:
         self._landed_all(job)
 
     def _shipment(self, job: _Job, parcel: KvParcel, packed: torch.Tensor) -> Shipment:
-        decode, me = job.order.decode, self._spec.id
+        assert job.ticket is not None, "only a granted hand-off is sent"
+        decode, me, address = job.order.decode, self._spec.id, job.ticket.address
 
         def announce(parcel: KvParcel) -> None:
-            self._effects.call(decode, lambda peer: peer.expect(me, parcel))
+            self._effects.call(
+                decode, lambda peer: peer.expect(me, parcel), lambda answer: self._announced(decode, address, answer)
+            )
 
         def sent(parcel: KvParcel) -> None:
             self._post(self._sent, job, parcel)
 
         return Shipment(parcel=parcel, packed=packed, announce=announce, sent=sent)
+
+    def _announced(self, decode: WorkerId, address: PairAddress, answer: ServingError | None) -> None:
+        if answer is not None:  # decode doesn't receive: what is sent after it would wait for it
+            self._pair_broken(decode, address, answer)
 
     def _sent(self, job: _Job, parcel: KvParcel) -> None:
         self.counters.blocks_sent += parcel.count
@@ -260,30 +287,39 @@ class PrefillRole:
         if job.done and not job.on_the_way and job.next_block >= job.sequence.prompt_blocks:
             job.transfer.advance(State.LANDED)
 
+    def _is_stale(self, ticket: KvTicket) -> bool:
+        """Whether a later ticket of the same decode worker already opened a later pair."""
+        pair = self._pairs.get(ticket.decode)
+        return pair is not None and pair.address.key == ticket.address.key and pair.address.epoch > ticket.address.epoch
+
     def _pair(self, decode: WorkerId, ticket: KvTicket) -> SenderPair:
         pair = self._pairs.get(decode)
         if pair and pair.address == ticket.address:
             return pair
         if pair:
-            pair.close()
-        kind: LinkKind = self._spec.link
-        if ticket.link != kind:
-            raise LayoutMismatch(f"{decode} receives over {ticket.link}, {self._spec.id} sends over {kind}")
+            self._retire_pair(decode, "its pair was rebuilt")
         device = torch.device(self._spec.device)
-        link = PairLink(kind, "sender", self._spec.host, device, self._spec.lease_seconds)
+        link = PairLink(self._spec.link, "sender", self._spec.host, device, self._spec.lease_seconds)
         verifier = Verifier(self._spec.verify, self._spec.secret)
         pair = self._pairs[decode] = SenderPair(
-            link, ticket.address, verifier, lambda error: self._post(self._pair_broken, decode, ticket, error)
+            link, ticket.address, verifier, lambda error: self._post(self._pair_broken, decode, ticket.address, error)
         )
         return pair
 
-    def _pair_broken(self, decode: WorkerId, ticket: KvTicket, error: TransferFailed) -> None:
+    def _pair_broken(self, decode: WorkerId, address: PairAddress, error: ServingError) -> None:
         pair = self._pairs.get(decode)
-        if pair is not None and pair.address == ticket.address:
-            del self._pairs[decode]
+        if pair is not None and pair.address == address:
+            self._retire_pair(decode, str(error))
+
+    def _retire_pair(self, decode: WorkerId, reason: str) -> None:
+        """Its tickets are void: nothing must open it again."""
+        pair = self._pairs.pop(decode, None)
+        if pair is None:
+            return
+        pair.close()
         for job in list(self._jobs.values()):
-            if job.ticket is not None and job.ticket.address == ticket.address:
-                self._fail(job, str(error))
+            if job.ticket is not None and job.ticket.address == pair.address:
+                self._fail(job, reason)
 
     def _fail(self, job: _Job, reason: str) -> None:
         """Tell decode at once: it computes the prompt itself, and withdraws what is left here."""

@@ -9,13 +9,14 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from diptych.build import build_identity
-from diptych.errors import Draining, InvalidRequest, PromptTooLong, ServingError
+from diptych.errors import Draining, InvalidRequest, PromptTooLong, ServingError, TransferFailed, WorkerLost
 from diptych.types import (
     FrontId,
     KvParcel,
@@ -46,6 +47,8 @@ from workers.reporter import Reporter
 from workers.transfer.link import MeetingPlace
 
 T = TypeVar("T")
+_LAST_WORDS_SECONDS = 1.0
+"""How long a worker without an engine waits for fronts to hear of it."""
 
 
 class Worker:
@@ -60,6 +63,10 @@ class Worker:
         self._reporter = Reporter(spec.id, spec.epoch, self._engine.request_full_report)
         self._arrivals = itertools.count()
         self._stopping = False
+        self._orders: set[tuple[RequestId, int]] = set()
+        """Orders of decode workers that were not answered yet."""
+        self._unanswered: set[asyncio.Future[Any]] = set()
+        self._broken: asyncio.Future[BaseException] = self._loop.create_future()
         self._roles: Roles
         self.info: WorkerInfo
 
@@ -82,7 +89,9 @@ class Worker:
 
     def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
         """All the other members, from now on."""
-        self._calls.meet(dict(peers))
+        for worker in self._calls.meet(dict(peers)):
+            self._engine.post(self._roles.decode.peer_left, worker)
+            self._engine.post(self._roles.prefill.peer_left, worker)
 
     def report_to(self, report: Callable[[Report], Awaitable[bool]]) -> None:
         """Where reports go. A new scheduler gets a full one."""
@@ -92,10 +101,29 @@ class Worker:
         """Streams end, links close, the engine stops after its step. Whether all did in time."""
         self._stopping = True
         stopped = await asyncio.to_thread(self._engine.stop, timeout_seconds)
+        self._end(WorkerLost(f"{self.spec.id} stopped"))
+        return stopped
+
+    async def wait_broken(self) -> BaseException:
+        """Until a bug ended the engine; what it was. By then every front that still reads knows."""
+        error = await self._broken
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._outbox.wait_empty(), _LAST_WORDS_SECONDS)
+        return error
+
+    def _end(self, why: WorkerLost) -> None:
+        """Whoever waits for this worker waits no more."""
+        self._stopping = True
+        for future in list(self._unanswered):
+            if not future.done():
+                future.set_exception(why)
         self._calls.close()
         self._reporter.close()
         self._outbox.close()
-        return stopped
+
+    def _engine_broke(self, error: BaseException) -> None:
+        self._end(WorkerLost(f"the engine of {self.spec.id} broke: {error!r}"))
+        self._broken.set_result(error)
 
     # ---- fronts -----------------------------------------------------------------------------------------
 
@@ -132,10 +160,17 @@ class Worker:
     # ---- peers (workers.peers.Peer) -----------------------------------------------------------------------
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
-        return await self._answered(lambda reply: self._roles.prefill.run(order, next(self._arrivals), reply))
+        key = (order.request.id, order.attempt)
+        if key in self._orders:
+            raise TransferFailed(f"{order.request.id}: ordered twice")
+        self._orders.add(key)
+        try:
+            return await self._answered(lambda reply: self._roles.prefill.run(order, next(self._arrivals), reply))
+        finally:
+            self._orders.discard(key)
 
     async def is_pending(self, request: RequestId, attempt: int) -> bool:
-        return self.silent_seconds() < self.spec.lease_seconds and self._roles.prefill.is_pending(request, attempt)
+        return self.silent_seconds() < self.spec.lease_seconds and (request, attempt) in self._orders
 
     async def committed(self, transfer: TransferId) -> None:
         self._engine.post(self._roles.prefill.committed, transfer)
@@ -160,11 +195,18 @@ class Worker:
     def changed(self, snapshot: Snapshot) -> None:
         self._loop.call_soon_threadsafe(self._reporter.add, snapshot)
 
+    def broke(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._engine_broke, error)
+
     # ---- inside -----------------------------------------------------------------------------------------------
 
     async def _answered(self, ask: Callable[[Callable[[T | ServingError], None]], None]) -> T:
         """Ask a role something on the engine's thread; its answer comes back here."""
+        if self._stopping:
+            raise WorkerLost(f"{self.spec.id} is stopping")
         future: asyncio.Future[T] = self._loop.create_future()
+        self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
 
         def settle(answer: T | ServingError) -> None:
             if future.done():
