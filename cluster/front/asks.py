@@ -1,4 +1,4 @@
-"""Turns what a client wants into `Ask`s, every number checked against what can be served. Knows no protocol.
+"""Turns what a client wants into `Ask`s, checked against what can be served. Knows no protocol.
 
 Both fronts come through here, so that HTTP and gRPC refuse the same things in the same words.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cluster.front.service import Ask
+from cluster.front.wanted import Wanted, check_token_ids, check_wanted
 from diptych.errors import InvalidRequest, PromptTooLong, UnknownModel
 from diptych.types import RequestId, SamplingParams
 
@@ -21,32 +22,10 @@ if TYPE_CHECKING:
     from cluster.front.service import Service
     from cluster.front.tokenizer import TextModel
 
-MAX_STOPS: Final = 16
-MAX_STOP_CHARACTERS: Final = 256
-MAX_STOP_TOKENS: Final = 256
-MAX_TEMPERATURE: Final = 2.0
 LEAST_TEMPERATURE: Final = 1e-5
 """Below it logits overflow when divided, and nothing but the greedy token has a chance: it is served as 0."""
 INLINE_CHARACTERS: Final = 16_384
 """Longer text is tokenised off the event loop, which would stall every other stream for milliseconds."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a client set; None is unset."""
-
-    max_tokens: int | None = None
-    max_tokens_name: str = "max_tokens"
-    """What the client called it: errors name the field that was sent."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    fingerprint: bool = False
-    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +34,8 @@ class Prompt:
 
     tokens: tuple[int, ...]
     name: str
+    continued: bool = True
+    """The answer goes on where the prompt ends; otherwise it is a text of its own."""
 
 
 def check_model(service: Service, name: str) -> None:
@@ -90,10 +71,7 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
     A choice's noise depends on the seed and its own number, not on the prompt's place: a prompt sent with others
     gets the answer it would get alone.
     """
-    _check_sampling(wanted)
-    _check_stops(wanted)
-    check_token_ids(wanted.stop_token_ids, service.text.vocab_size, "stop_token_ids")
-    check_token_ids(wanted.forced, service.text.vocab_size, "forced_token_ids")
+    check_wanted(wanted, service.text.vocab_size)
     seed = secrets.randbits(63) if wanted.seed is None else _seed(wanted.seed)
     parameters = [_parameters(service, prompt, wanted, seed) for prompt in prompts]
     single = len(prompts) * choices == 1
@@ -104,6 +82,7 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
             params=params,
             stop=wanted.stop,
             choice=choice,
+            continued=prompt.continued,
         )
         for place, (prompt, params) in enumerate(zip(prompts, parameters, strict=True))
         for choice in range(choices)
@@ -117,18 +96,54 @@ def max_context(service: Service) -> int:
 
 def _parameters(service: Service, prompt: Prompt, wanted: Wanted, seed: int) -> SamplingParams:
     check_token_ids(prompt.tokens, service.text.vocab_size, prompt.name)
-    temperature = 1.0 if wanted.temperature is None else wanted.temperature
+    temperature = _given(wanted.temperature, 1.0)
     own = () if wanted.ignore_eos else sorted(service.text.eos_token_ids)
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=_max_tokens(len(prompt.tokens), max_context(service), prompt, wanted),
+        min_tokens=wanted.min_tokens,
         temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-        top_p=1.0 if wanted.top_p is None else wanted.top_p,
+        top_p=_given(wanted.top_p, 1.0),
         top_k=min(wanted.top_k or 0, service.text.vocab_size),
+        min_p=_given(wanted.min_p, 0.0),
         seed=seed,
+        repetition_penalty=_given(wanted.repetition_penalty, 1.0),
+        presence_penalty=_given(wanted.presence_penalty, 0.0),
+        frequency_penalty=_given(wanted.frequency_penalty, 0.0),
+        logit_bias=tuple(sorted(wanted.logit_bias.items())),
+        allowed_token_ids=tuple(dict.fromkeys(wanted.allowed_token_ids or ())),
+        bad_words=_spelled(service.text, wanted.bad_words),
         stop_token_ids=tuple(dict.fromkeys((*wanted.stop_token_ids, *own))),
+        include_stop=wanted.include_stop,
+        logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.prompt_logprobs,
         fingerprint=wanted.fingerprint,
         forced=wanted.forced,
     )
+    _check_drawable(params)
+    return params
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _spelled(text: TextModel, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, at the start of a text and after a space: most models spell these differently."""
+    spellings = [tuple(text.spell(form)) for word in words for form in (word, f" {word.lstrip()}")]
+    return tuple(dict.fromkeys(spelling for spelling in spellings if spelling))
+
+
+def _check_drawable(params: SamplingParams) -> None:
+    """Raises InvalidRequest when nothing could be drawn from the first token on."""
+    if params.min_tokens > params.max_tokens:
+        message = f"min_tokens is {params.min_tokens}, but the answer has {params.max_tokens} tokens at most"
+        raise InvalidRequest(message, param="min_tokens")
+    allowed, bad = set(params.allowed_token_ids), {word[0] for word in params.bad_words if len(word) == 1}
+    if allowed and allowed <= bad:
+        raise InvalidRequest("bad_words bans every token that allowed_token_ids names", param="allowed_token_ids")
+    if params.min_tokens and allowed and allowed <= bad.union(params.stop_token_ids):
+        message = "min_tokens bans the stop tokens, and allowed_token_ids names no others"
+        raise InvalidRequest(message, param="min_tokens")
 
 
 def _max_tokens(prompt_tokens: int, limit: int, prompt: Prompt, wanted: Wanted) -> int:
@@ -150,46 +165,8 @@ def _max_tokens(prompt_tokens: int, limit: int, prompt: Prompt, wanted: Wanted) 
     return asked
 
 
-def _check_sampling(wanted: Wanted) -> None:
-    if wanted.max_tokens is not None and wanted.max_tokens < 1:
-        name = wanted.max_tokens_name
-        raise InvalidRequest(f"{name} is {wanted.max_tokens}; ask for at least 1", param=name)
-    if wanted.temperature is not None and not 0 <= wanted.temperature <= MAX_TEMPERATURE:
-        raise _out_of_range("temperature", wanted.temperature, f"from 0 to {MAX_TEMPERATURE:g}")
-    if wanted.top_p is not None and not 0 < wanted.top_p <= 1:
-        raise _out_of_range("top_p", wanted.top_p, "above 0, up to 1")
-    if wanted.top_k is not None and wanted.top_k < 0:
-        raise _out_of_range("top_k", wanted.top_k, "0 (no limit) or more")
-    if wanted.max_tokens is not None and len(wanted.forced) > wanted.max_tokens:
-        message = f"{len(wanted.forced)} forced tokens are more than max_tokens = {wanted.max_tokens}"
-        raise InvalidRequest(message, param="forced_token_ids")
-
-
-def _check_stops(wanted: Wanted) -> None:
-    if len(wanted.stop) > MAX_STOPS:
-        raise InvalidRequest(f"{len(wanted.stop)} stop strings; at most {MAX_STOPS} are taken", param="stop")
-    for stop in wanted.stop:
-        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
-            message = f"a stop string has {len(stop)} characters; it must have 1 to {MAX_STOP_CHARACTERS}"
-            raise InvalidRequest(message, param="stop")
-    if len(wanted.stop_token_ids) > MAX_STOP_TOKENS:
-        message = f"{len(wanted.stop_token_ids)} stop tokens; at most {MAX_STOP_TOKENS} are taken"
-        raise InvalidRequest(message, param="stop_token_ids")
-
-
-def check_token_ids(tokens: tuple[int, ...], vocab_size: int, name: str) -> None:
-    """Raises InvalidRequest naming the first that the model doesn't have."""
-    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
-        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise InvalidRequest(f"token {wrong} isn't in the vocabulary of {vocab_size} tokens", param=name)
-
-
 def _seed(seed: int) -> int:
     """OpenAI's seeds are signed 64-bit numbers: a negative one is its two's complement."""
     if not -(2**63) <= seed < 2**64:
         raise InvalidRequest("seed must fit in 64 bits", param="seed")
     return seed % 2**64
-
-
-def _out_of_range(name: str, value: float, range_in_words: str) -> InvalidRequest:
-    return InvalidRequest(f"{name} is {value:g}; it must be {range_in_words}", param=name)

@@ -70,10 +70,11 @@ class Detokenizer:
     All that `push` returns and then `finish` make up exactly what `decode` makes of the tokens.
     """
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
+    def __init__(self, token_bytes: TokenBytes, *, continued: bool = False) -> None:
+        """`continued`: a text goes on, and its first word's space is a space."""
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = token_bytes.spelling.strips_first_space
+        self._at_start = token_bytes.spelling.strips_first_space and not continued
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""

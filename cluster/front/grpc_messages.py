@@ -6,8 +6,8 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from cluster.front.asks import Wanted
 from cluster.front.chat import ChatMessage
+from cluster.front.wanted import Wanted
 from diptych.errors import InvalidRequest
 from diptych.v1.admin_pb2 import GetStatusResponse, KvLayout, Role, WorkerCounters, WorkerInfo, WorkerLoad, WorkerStatus
 from diptych.v1.inference_pb2 import (
@@ -17,16 +17,21 @@ from diptych.v1.inference_pb2 import (
     GenerateResponse,
     Sampling,
     Served,
+    TokenLogprobs,
     Usage,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cluster.front import service
     from diptych import types
     from diptych.v1.inference_pb2 import Chat, GenerateRequest
 
 _ROLES: Final = {"prefill": Role.ROLE_PREFILL, "decode": Role.ROLE_DECODE, "mixed": Role.ROLE_MIXED}
 _FINISHES: Final = {"stop": FinishReason.FINISH_REASON_STOP, "length": FinishReason.FINISH_REASON_LENGTH}
+_PROMPT_TOKENS: Final = 4096
+"""Of so many a message tells: their best alternatives take up to 200 bytes each, a message 8 MiB."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -38,10 +43,21 @@ def wanted_of(request: GenerateRequest) -> Wanted:
         temperature=sampling.temperature if sampling.HasField("temperature") else None,
         top_p=sampling.top_p if sampling.HasField("top_p") else None,
         top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        min_tokens=sampling.min_tokens,
         seed=sampling.seed if sampling.HasField("seed") else None,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None,
+        presence_penalty=sampling.presence_penalty if sampling.HasField("presence_penalty") else None,
+        frequency_penalty=sampling.frequency_penalty if sampling.HasField("frequency_penalty") else None,
+        logit_bias=dict(sampling.logit_bias),
+        bad_words=tuple(sampling.bad_words),
+        allowed_token_ids=tuple(sampling.allowed_token_ids) or None,
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
+        include_stop=sampling.include_stop,
         ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         fingerprint=request.fingerprint,
         forced=tuple(request.forced_token_ids),
     )
@@ -68,16 +84,29 @@ def turns_of(chat: Chat) -> list[ChatMessage]:
     ]
 
 
-def chunk_of(delta: service.Delta) -> GenerateResponse:
-    """A piece of the answer."""
-    return GenerateResponse(
-        chunk=GenerateChunk(
-            text=delta.text,
-            token_ids=delta.tokens,
-            fingerprints=delta.fingerprints,
-            argmax_token_ids=delta.argmax,
+def chunks_of(delta: service.Delta) -> list[GenerateResponse]:
+    """A piece of the answer, after what there is to say of the prompt; none when it says nothing."""
+    of_prompt = delta.prompt_logprobs or ()
+    starts = range(0, len(of_prompt), _PROMPT_TOKENS)
+    chunks = [GenerateChunk(prompt_logprobs=_logprobs(of_prompt[at : at + _PROMPT_TOKENS])) for at in starts]
+    if delta.text or delta.tokens:
+        chunks.append(
+            GenerateChunk(
+                text=delta.text,
+                token_ids=delta.tokens,
+                fingerprints=delta.fingerprints,
+                argmax_token_ids=delta.argmax,
+                logprobs=_logprobs(delta.logprobs),
+            )
         )
-    )
+    return [GenerateResponse(chunk=chunk) for chunk in chunks]
+
+
+def _logprobs(given: Sequence[types.TokenLogprobs]) -> list[TokenLogprobs]:
+    return [
+        TokenLogprobs(logprob=each.logprob, rank=each.rank, top_token_ids=each.top, top_logprobs=each.top_logprobs)
+        for each in given
+    ]
 
 
 def complete_of(request_id: str, finish: types.Finish, usage: service.Usage) -> GenerateResponse:

@@ -15,7 +15,6 @@ from cluster.front.asks import (
     Prompt,
     asks_of,
     check_model,
-    check_token_ids,
     decode_tokens,
     encode_chat,
     encode_text,
@@ -25,13 +24,14 @@ from cluster.front.grpc_calls import answering, write_within
 from cluster.front.grpc_health import Health
 from cluster.front.grpc_messages import (
     check_request_id,
-    chunk_of,
+    chunks_of,
     complete_of,
     path_of,
     status_of,
     turns_of,
     wanted_of,
 )
+from cluster.front.wanted import check_token_ids
 from diptych.errors import InvalidRequest
 from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -124,13 +124,14 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if name is None:
             raise InvalidRequest("the request has no prompt: set text, chat or token_ids", param="prompt")
         if name == "chat":
-            return Prompt(tokens=await encode_chat(self._service.text, turns_of(request.chat)), name=name)
+            tokens = await encode_chat(self._service.text, turns_of(request.chat))
+            return Prompt(tokens=tokens, name=name, continued=False)
         return Prompt(tokens=await encode_text(self._service.text, request.text), name=name)
 
     async def _write(self, ask: Ask, context: Context) -> None:
         async def write(delta: Delta) -> None:
-            if delta.text or delta.tokens:
-                await write_within(context, chunk_of(delta), STALL_TIMEOUT_SECONDS)
+            for chunk in chunks_of(delta):
+                await write_within(context, chunk, STALL_TIMEOUT_SECONDS)
             if delta.finish is not None:
                 assert delta.usage is not None, "the last piece carries the usage"
                 complete = complete_of(ask.id, delta.finish, delta.usage)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from cluster.front.openai_choices import Choice
     from cluster.front.service import Delta, Usage
-    from diptych.types import Finish, Served
+    from diptych.types import Finish, Served, TokenLogprobs
 
 Json: TypeAlias = dict[str, object]
 Kind: TypeAlias = Literal["chat", "text"]
@@ -40,6 +41,8 @@ class Answer:
     pieces: list[str] = field(default_factory=list[str])
     tokens: list[int] = field(default_factory=list[int])
     fingerprints: list[bytes] = field(default_factory=list[bytes])
+    logprobs: list[TokenLogprobs] = field(default_factory=list["TokenLogprobs"])
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish: Finish | None = None
     usage: Usage | None = None
 
@@ -48,18 +51,25 @@ class Answer:
         self.pieces.append(delta.text)
         self.tokens += delta.tokens
         self.fingerprints += delta.fingerprints
+        self.logprobs += delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         if delta.finish is not None:
             self.finish, self.usage = delta.finish, delta.usage
 
 
-def whole(envelope: Envelope, answers: Sequence[Answer], choices_per_prompt: int) -> Json:
+def whole(envelope: Envelope, answers: Sequence[Answer], choices: Sequence[Choice], choices_per_prompt: int) -> Json:
     """The body of a response that isn't streamed."""
-    choices = [_whole_choice(envelope.kind, index, answer) for index, answer in enumerate(answers)]
+    pairs = zip(answers, choices, strict=True)
+    bodies = [_whole_choice(envelope.kind, index, *pair) for index, pair in enumerate(pairs)]
     fields = envelope.fields(streamed=False)
-    return {**fields, "choices": choices, "usage": total_usage(answers, choices_per_prompt)}
+    usage = total_usage(answers, choices_per_prompt)
+    # Where vLLM has it: all choices of a chat have one prompt.
+    of_prompt = _of_prompt(answers[0], choices[0]) if envelope.kind == "chat" else {}
+    return {**fields, "choices": bodies, "usage": usage, **of_prompt}
 
 
-def _whole_choice(kind: Kind, index: int, answer: Answer) -> Json:
+def _whole_choice(kind: Kind, index: int, answer: Answer, choice: Choice) -> Json:
     text = "".join(answer.pieces)
     said: Json = {"text": text}
     if kind == "chat":
@@ -67,10 +77,16 @@ def _whole_choice(kind: Kind, index: int, answer: Answer) -> Json:
     return {
         "index": index,
         **said,
-        "logprobs": None,
+        "logprobs": choice.logprobs(answer.tokens, answer.logprobs, answer.prompt_logprobs),
         "finish_reason": answer.finish,
+        **(_of_prompt(answer, choice) if kind == "text" else {}),
         **_fingerprinted(answer.tokens, answer.fingerprints),
     }
+
+
+def _of_prompt(answer: Answer, choice: Choice) -> Json:
+    logprobs = choice.prompt_logprobs(answer.prompt_logprobs)
+    return {} if logprobs is None else {"prompt_logprobs": logprobs}
 
 
 def total_usage(answers: Sequence[Answer], choices_per_prompt: int) -> Json:
@@ -134,16 +150,17 @@ class EventWriter:
         self._completion_tokens = [0] * answers
         self._begun = [False] * answers
 
-    def events(self, index: int, delta: Delta, prompt_tokens: int) -> bytes:
+    def events(self, index: int, delta: Delta, prompt_tokens: int, choice: Choice) -> bytes:
         """The events of one piece; none while all of it is held back."""
         opening = "" if self._begun[index] or self._kind == "text" else self._opening(index)
         self._begun[index] = True
         self._completion_tokens[index] += len(delta.tokens)
-        if not (delta.text or delta.finish or delta.fingerprints):
+        logprobs = choice.logprobs(delta.tokens, delta.logprobs, delta.prompt_logprobs)
+        if not (delta.text or delta.finish or delta.fingerprints or logprobs):
             return opening.encode()
-        choice = self._choice(index, delta)
+        body = self._choice(index, delta, logprobs)
         tail = self._counted(index, prompt_tokens) if self._continuous_usage else self._tail
-        return f"{opening}{self._head}{choice}{tail}".encode()
+        return f"{opening}{self._head}{body}{tail}".encode()
 
     def last(self, usage: Json | None) -> bytes:
         """The usage, when it was asked for, and the end."""
@@ -154,13 +171,13 @@ class EventWriter:
         delta = '{"role":"assistant","content":""}'
         return f'{self._head}{{"index":{index},"delta":{delta},"logprobs":null,"finish_reason":null}}{self._tail}'
 
-    def _choice(self, index: int, delta: Delta) -> str:
+    def _choice(self, index: int, delta: Delta, logprobs: object) -> str:
         text = _dumps(delta.text)
         said = f'"delta":{{"content":{text}}}' if self._kind == "chat" else f'"text":{text}'
         finish = f'"{delta.finish}"' if delta.finish else "null"
         extension = _fingerprinted(delta.tokens, delta.fingerprints)
         more = f',"diptych":{_dumps(extension["diptych"])}' if extension else ""
-        return f'{{"index":{index},{said},"logprobs":null,"finish_reason":{finish}{more}}}'
+        return f'{{"index":{index},{said},"logprobs":{_dumps(logprobs)},"finish_reason":{finish}{more}}}'
 
     def _counted(self, index: int, prompt_tokens: int) -> str:
         completion_tokens = self._completion_tokens[index]

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from starlette.responses import JSONResponse, Response
 
 from cluster.front.answering import answer_all
-from cluster.front.asks import Prompt, Wanted, asks_of, check_model, encode_chat, encode_text, max_context
+from cluster.front.asks import Prompt, asks_of, check_model, encode_chat, encode_text, max_context
 from cluster.front.chat import ChatMessage
 from cluster.front.http_wire import EventStream, read_json, while_connected
 from cluster.front.openai_answers import Answer, Envelope, EventWriter, total_usage, whole
+from cluster.front.openai_choices import Choice
 from cluster.front.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, parse_request
+from cluster.front.wanted import Wanted
 from cluster.observe.metrics import FrontMetrics
 from diptych import __version__
 from diptych.errors import InvalidRequest
@@ -43,10 +45,13 @@ class OpenAiApi:
         body = parse_request(ChatRequest, await read_json(request))
         check_model(self.service, body.model)
         tokens = await encode_chat(self.service.text, [_turn(message) for message in body.messages])
-        wanted = _wanted(body)
+        wanted = replace(_wanted(body), logprobs_name="top_logprobs")
+        if body.logprobs:
+            wanted = replace(wanted, logprobs=body.top_logprobs or 0)
         if body.max_completion_tokens is not None:
             wanted = replace(wanted, max_tokens=body.max_completion_tokens, max_tokens_name="max_completion_tokens")
-        return await self._respond(request, "chat", body, [Prompt(tokens=tokens, name="messages")], wanted)
+        prompt = Prompt(tokens=tokens, name="messages", continued=False)
+        return await self._respond(request, "chat", body, [prompt], wanted)
 
     async def completions(self, request: Request) -> Response | EventStream:
         """POST /v1/completions."""
@@ -56,7 +61,11 @@ class OpenAiApi:
         if answers > MAX_CHOICES:
             raise InvalidRequest(f"{answers} answers in one request; at most {MAX_CHOICES} are given", param="prompt")
         prompts = [Prompt(tokens=await self._encode(prompt), name="prompt") for prompt in body.prompt]
-        return await self._respond(request, "text", body, prompts, _wanted(body))
+        wanted = replace(_wanted(body), logprobs=body.logprobs)
+        if body.echo and body.logprobs is not None:
+            # What is said before the answer has log-probabilities as the answer has.
+            wanted = replace(wanted, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+        return await self._respond(request, "text", body, prompts, wanted)
 
     async def _encode(self, prompt: str | list[int]) -> tuple[int, ...]:
         return await encode_text(self.service.text, prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -68,18 +77,27 @@ class OpenAiApi:
         choices = body.n or 1
         asks = asks_of(self.service, request_id, prompts, wanted, choices=choices)
         envelope = Envelope(id=request_id, kind=kind, model=self.service.model_name, created=int(time.time()))
+        beside = [self._choice(ask, kind, body, place // choices) for place, ask in enumerate(asks)]
         if body.stream:
-            return EventStream(self._streaming(asks, envelope, body), request_id)
+            return EventStream(self._streaming(asks, beside, envelope, body), request_id)
         answers = [Answer() for _ in asks]
 
         async def collect(place: int, delta: Delta) -> None:
-            answers[place].add(delta)
+            answers[place].add(beside[place].with_echo(delta))
 
         await while_connected(request.receive, answer_all(self.service, asks, collect))
-        return JSONResponse(whole(envelope, answers, choices))
+        return JSONResponse(whole(envelope, answers, beside, choices))
+
+    def _choice(self, ask: Ask, kind: Kind, body: AnyRequest, prompt: int) -> Choice:
+        echo = None
+        if isinstance(body, CompletionRequest) and body.echo:
+            sent = body.prompt[prompt]
+            echo = sent if isinstance(sent, str) else self.service.text.decode(sent)
+        tells_prompt = body.prompt_logprobs is not None
+        return Choice(ask, self.service.text, kind, echo=echo, tells_prompt=tells_prompt)
 
     def _streaming(
-        self, asks: Sequence[Ask], envelope: Envelope, body: AnyRequest
+        self, asks: Sequence[Ask], beside: Sequence[Choice], envelope: Envelope, body: AnyRequest
     ) -> Callable[[Emit], Awaitable[None]]:
         options = body.stream_options
         include_usage = options is not None and bool(options.include_usage)
@@ -93,7 +111,8 @@ class OpenAiApi:
             async def write(place: int, delta: Delta) -> None:
                 if delta.finish is not None:
                     ends[place].add(delta)
-                events = writer.events(place, delta, len(asks[place].tokens))
+                choice = beside[place]
+                events = writer.events(place, choice.with_echo(delta), len(asks[place].tokens), choice)
                 if events:
                     await emit(events)
 
@@ -145,10 +164,20 @@ def _wanted(body: AnyRequest) -> Wanted:
         top_p=body.top_p,
         # vLLM's clients say -1 for no limit.
         top_k=0 if body.top_k == -1 else body.top_k,
+        min_p=body.min_p,
+        min_tokens=body.min_tokens or 0,
         seed=body.seed,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias or {},
+        bad_words=tuple(body.bad_words or ()),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
+        prompt_logprobs=body.prompt_logprobs,
         fingerprint=body.diptych is not None and body.diptych.fingerprint,
     )
 

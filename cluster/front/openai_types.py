@@ -25,19 +25,12 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0, 0.0),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0, 0.0),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -86,6 +79,19 @@ def _stop_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _bias_by_token(value: object) -> object:
+    """JSON's keys are strings: "50256" is token 50256."""
+    if not isinstance(value, dict):
+        return value
+    return {_token(key): bias for key, bias in cast("dict[str, object]", value).items()}
+
+
+def _token(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+        raise PydanticCustomError("token", "{key} is not a token's number", {"key": repr(key[:20])})
+    return int(key)
+
+
 Count: TypeAlias = Annotated[int, Field(ge=-(2**31), le=2**31)]
 """Wide enough for any count; what it may be is checked where the model is known."""
 
@@ -125,10 +131,20 @@ class AnyRequest(_Body):
     temperature: float | None = None
     top_p: float | None = None
     top_k: Count | None = None
+    min_p: float | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token)] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    min_tokens: Count | None = None
     stop: Annotated[list[str], BeforeValidator(_stop_list)] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -140,12 +156,16 @@ class ChatRequest(AnyRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
 
 
 class CompletionRequest(AnyRequest):
     """The body of /v1/completions."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompt_list)]
+    logprobs: Count | None = None
+    echo: bool | None = None
 
 
 AnyRequestT = TypeVar("AnyRequestT", bound=AnyRequest)
@@ -165,6 +185,11 @@ def parse_request(kind: type[AnyRequestT], body: object) -> AnyRequestT:
         raise _first_wrong(error) from error
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        message = "prompt_logprobs come with the whole answer only: leave stream out"
+        raise InvalidRequest(message, param="prompt_logprobs")
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     return request
 
 

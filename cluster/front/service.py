@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from diptych.types import ClusterStatus, Finish, RequestId, SamplingParams, Served
+from diptych.types import ClusterStatus, Finish, RequestId, SamplingParams, Served, TokenLogprobs
 
 if TYPE_CHECKING:
     from cluster.front.tokenizer import TextModel
@@ -34,6 +34,10 @@ class Delta(NamedTuple):
     """One per token, when asked for."""
     argmax: tuple[int, ...] = ()
     """One per token, under teacher forcing."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token, when asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With the first piece, when asked for: of the prompt's tokens from the second on."""
     finish: Finish | None = None
     usage: Usage | None = None
 
@@ -47,6 +51,8 @@ class Ask:
     params: SamplingParams
     stop: tuple[str, ...] = ()
     choice: int = 0
+    continued: bool = False
+    """The answer goes on where the prompt ends, so a space that it starts with is its own."""
 
 
 class Service(Protocol):

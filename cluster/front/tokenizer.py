@@ -28,6 +28,7 @@ class TextModel:
         self._vocabulary = vocabulary
         self._token_bytes = TokenBytes(vocabulary)
         self._special_ids = frozenset(token.id for token in vocabulary.special) - {vocabulary.unknown_id}
+        self._special_names = {token.id: token.text.encode() for token in vocabulary.special}
         # Looks ahead, so that strings which overlap are all found.
         texts = "|".join(re.escape(token.text) for token in vocabulary.special)
         self._special_texts = re.compile(f"(?={texts or '(?!)'})")
@@ -90,9 +91,17 @@ class TextModel:
         """The text of `tokens`, special ones left out. Bytes that are no UTF-8 become U+FFFD."""
         return decode(tokens, self._token_bytes)
 
-    def detokenizer(self) -> Detokenizer:
-        """A new one, for one answer."""
-        return Detokenizer(self._token_bytes)
+    def detokenizer(self, *, continued: bool = False) -> Detokenizer:
+        """A new one, for one answer. `continued`: a space that it starts with belongs to it."""
+        return Detokenizer(self._token_bytes, continued=continued)
+
+    def spell(self, text: str) -> list[int]:
+        """The tokens of `text` alone, without BOS. Raises `InvalidRequest` as `encode` does."""
+        return self._ordinary(text, at_start=False)
+
+    def written(self, token: int) -> bytes:
+        """A single token as it is written: bytes that may be no text, the name of a special token."""
+        return self._special_names.get(token) or self._token_bytes[token]
 
     def _ordinary(self, text: str, *, at_start: bool) -> list[int]:
         if at_start and self._vocabulary.space_at_start and not text.startswith((" ", "▁")):

@@ -39,9 +39,25 @@ class Wishes(TypedDict, total=False):
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
     seed: int | None
+    min_tokens: int
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float]
+    """By token, what is added to its logit."""
+    bad_words: Iterable[str]
+    allowed_token_ids: Iterable[int]
+    """When there are any, nothing else is drawn."""
+    logprobs: int | None
+    """Each token comes with its log-probability and so many of the best alternatives'."""
+    prompt_logprobs: int | None
+    """As `logprobs`, of the prompt's tokens from the second on."""
     stop: Iterable[str]
     stop_token_ids: Iterable[int]
+    include_stop: bool
+    """What ended the answer is part of it."""
     ignore_eos: bool
     fingerprint: bool
     """Each token comes with a SHA-256 over the bits of its logits."""
@@ -70,6 +86,17 @@ def generate_request(
             stop=wishes.get("stop", ()),
             stop_token_ids=wishes.get("stop_token_ids", ()),
             ignore_eos=wishes.get("ignore_eos", False),
+            min_p=wishes.get("min_p"),
+            min_tokens=wishes.get("min_tokens", 0),
+            repetition_penalty=wishes.get("repetition_penalty"),
+            presence_penalty=wishes.get("presence_penalty"),
+            frequency_penalty=wishes.get("frequency_penalty"),
+            logit_bias=wishes.get("logit_bias", {}),
+            bad_words=wishes.get("bad_words", ()),
+            allowed_token_ids=wishes.get("allowed_token_ids", ()),
+            logprobs=wishes.get("logprobs"),
+            prompt_logprobs=wishes.get("prompt_logprobs"),
+            include_stop=wishes.get("include_stop", False),
         ),
         request_id=wishes.get("request_id", ""),
         fingerprint=wishes.get("fingerprint", False),

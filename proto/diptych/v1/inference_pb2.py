@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64iptych/v1/inference.proto\x12\ndiptych.v1\"\xf2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.diptych.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.diptych.v1.Sampling\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\x08\x12\x18\n\x10\x66orced_token_ids\x18\x08 \x03(\rB\x08\n\x06prompt\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xee\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"y\n\x10GenerateResponse\x12*\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x19.diptych.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1c.diptych.v1.GenerateCompleteH\x00\x42\x07\n\x05\x65vent\"`\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0c\x66ingerprints\x18\x03 \x03(\x0c\x12\x18\n\x10\x61rgmax_token_ids\x18\x04 \x03(\r\"\x9e\x01\n\x10GenerateComplete\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12#\n\x07\x64iptych\x18\x03 \x01(\x0b\x32\x12.diptych.v1.Served\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\"\xaa\x01\n\x06Served\x12\x0b\n\x03how\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x1e\n\x16prompt_tokens_computed\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x16\n\x0ekv_blocks_sent\x18\x06 \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x07 \x01(\x04\"\\\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.diptych.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.diptych.v1.Model\"(\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xbc\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.diptych.v1.TokenizeRequest\x1a\x1c.diptych.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.diptych.v1.DetokenizeRequest\x1a\x1e.diptych.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.diptych.v1.ListModelsRequest\x1a\x1e.diptych.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64iptych/v1/inference.proto\x12\ndiptych.v1\"\xf2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.diptych.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.diptych.v1.Sampling\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\x08\x12\x18\n\x10\x66orced_token_ids\x18\x08 \x03(\rB\x08\n\x06prompt\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc7\x05\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\x08\x88\x01\x01\x12\x37\n\nlogit_bias\x18\x0e \x03(\x0b\x32#.diptych.v1.Sampling.LogitBiasEntry\x12\x11\n\tbad_words\x18\x0f \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x10 \x03(\r\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\t\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\n\x88\x01\x01\x12\x14\n\x0cinclude_stop\x18\x13 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"y\n\x10GenerateResponse\x12*\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x19.diptych.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1c.diptych.v1.GenerateCompleteH\x00\x42\x07\n\x05\x65vent\"\xc1\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0c\x66ingerprints\x18\x03 \x03(\x0c\x12\x18\n\x10\x61rgmax_token_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"[\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x9e\x01\n\x10GenerateComplete\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.diptych.v1.Usage\x12#\n\x07\x64iptych\x18\x03 \x01(\x0b\x32\x12.diptych.v1.Served\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\"\xaa\x01\n\x06Served\x12\x0b\n\x03how\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x1e\n\x16prompt_tokens_computed\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x16\n\x0ekv_blocks_sent\x18\x06 \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x07 \x01(\x04\"\\\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.diptych.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.diptych.v1.Model\"(\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xbc\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.diptych.v1.TokenizeRequest\x1a\x1c.diptych.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.diptych.v1.DetokenizeRequest\x1a\x1e.diptych.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.diptych.v1.ListModelsRequest\x1a\x1e.diptych.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1645
-  _globals['_FINISHREASON']._serialized_end=1740
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2309
+  _globals['_FINISHREASON']._serialized_end=2404
   _globals['_GENERATEREQUEST']._serialized_start=43
   _globals['_GENERATEREQUEST']._serialized_end=285
   _globals['_CHAT']._serialized_start=287
@@ -42,31 +44,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=398
   _globals['_TOKENIDS']._serialized_end=421
   _globals['_SAMPLING']._serialized_start=424
-  _globals['_SAMPLING']._serialized_end=662
-  _globals['_GENERATERESPONSE']._serialized_start=664
-  _globals['_GENERATERESPONSE']._serialized_end=785
-  _globals['_GENERATECHUNK']._serialized_start=787
-  _globals['_GENERATECHUNK']._serialized_end=883
-  _globals['_GENERATECOMPLETE']._serialized_start=886
-  _globals['_GENERATECOMPLETE']._serialized_end=1044
-  _globals['_USAGE']._serialized_start=1046
-  _globals['_USAGE']._serialized_end=1126
-  _globals['_SERVED']._serialized_start=1129
-  _globals['_SERVED']._serialized_end=1299
-  _globals['_TOKENIZEREQUEST']._serialized_start=1301
-  _globals['_TOKENIZEREQUEST']._serialized_end=1393
-  _globals['_TOKENIZERESPONSE']._serialized_start=1395
-  _globals['_TOKENIZERESPONSE']._serialized_end=1432
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1434
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1487
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1489
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1523
-  _globals['_LISTMODELSREQUEST']._serialized_start=1525
-  _globals['_LISTMODELSREQUEST']._serialized_end=1544
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1546
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1601
-  _globals['_MODEL']._serialized_start=1603
-  _globals['_MODEL']._serialized_end=1643
-  _globals['_INFERENCESERVICE']._serialized_start=1743
-  _globals['_INFERENCESERVICE']._serialized_end=2059
+  _globals['_SAMPLING']._serialized_end=1135
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=918
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=966
+  _globals['_GENERATERESPONSE']._serialized_start=1137
+  _globals['_GENERATERESPONSE']._serialized_end=1258
+  _globals['_GENERATECHUNK']._serialized_start=1261
+  _globals['_GENERATECHUNK']._serialized_end=1454
+  _globals['_TOKENLOGPROBS']._serialized_start=1456
+  _globals['_TOKENLOGPROBS']._serialized_end=1547
+  _globals['_GENERATECOMPLETE']._serialized_start=1550
+  _globals['_GENERATECOMPLETE']._serialized_end=1708
+  _globals['_USAGE']._serialized_start=1710
+  _globals['_USAGE']._serialized_end=1790
+  _globals['_SERVED']._serialized_start=1793
+  _globals['_SERVED']._serialized_end=1963
+  _globals['_TOKENIZEREQUEST']._serialized_start=1965
+  _globals['_TOKENIZEREQUEST']._serialized_end=2057
+  _globals['_TOKENIZERESPONSE']._serialized_start=2059
+  _globals['_TOKENIZERESPONSE']._serialized_end=2096
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2098
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2151
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2153
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2187
+  _globals['_LISTMODELSREQUEST']._serialized_start=2189
+  _globals['_LISTMODELSREQUEST']._serialized_end=2208
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2210
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2265
+  _globals['_MODEL']._serialized_start=2267
+  _globals['_MODEL']._serialized_end=2307
+  _globals['_INFERENCESERVICE']._serialized_start=2407
+  _globals['_INFERENCESERVICE']._serialized_end=2723
 # @@protoc_insertion_point(module_scope)

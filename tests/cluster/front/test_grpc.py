@@ -13,7 +13,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
-from cluster.front.asks import MAX_STOPS
+from cluster.front.wanted import MAX_STOPS
 from diptych.errors import (
     DeadlineExceeded,
     Draining,
