@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -133,12 +132,11 @@ class Cluster:
         found = (re.fullmatch(r"--(?:temp|session)[-_]dir=(.+)", argument) for argument in arguments)
         return sorted({Path(match[1]) for match in found if match})
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def end(self, ask_to_end: Callable[[subprocess.Popen[str]], None] = subprocess.Popen.terminate) -> None:
         """Ask it to end, once, and look at what is left."""
-        self.client.close()
         folders = self.folders()
         assert folders, "its Ray has a folder"
-        self.process.send_signal(number)
+        ask_to_end(self.process)
         status = self.process.wait(END_SECONDS)
         left = [f"{process.pid} {process.cmdline()[:4]}" for process in self.processes()]
         assert (status, left) == (0, []), self.tail()
@@ -210,17 +208,18 @@ def start(log: Path, *arguments: str) -> Cluster:
 
 
 @contextmanager
-def running(log: Path, *arguments: str, last: signal.Signals = signal.SIGTERM) -> Iterator[Cluster]:
+def running(log: Path, *arguments: str) -> Iterator[Cluster]:
     """A cluster that must end well, whatever happened to it meanwhile."""
     cluster = start(log, *arguments)
     try:
         yield cluster
         if cluster.process.poll() is None:
-            cluster.end(last)
+            cluster.end()
     finally:
         for process in cluster.processes():  # only when `end` failed or was never reached
             process.kill()
         cluster.process.wait(END_SECONDS)
+        cluster.client.close()
         assert cluster.process.stdout is not None
         cluster.process.stdout.close()
 
@@ -228,15 +227,15 @@ def running(log: Path, *arguments: str, last: signal.Signals = signal.SIGTERM) -
 class Start(Protocol):
     """The fixture `cluster`."""
 
-    def __call__(self, *arguments: str, last: signal.Signals = ...) -> AbstractContextManager[Cluster]: ...
+    def __call__(self, *arguments: str) -> AbstractContextManager[Cluster]: ...
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, default_model: ModelSource) -> Start:
     """`with cluster("--model", …) as it:` a `diptych serve` with these arguments, on free ports."""
 
-    def started(*arguments: str, last: signal.Signals = signal.SIGTERM) -> AbstractContextManager[Cluster]:
-        return running(tmp_path_factory.mktemp("cluster") / "log", *arguments, last=last)
+    def started(*arguments: str) -> AbstractContextManager[Cluster]:
+        return running(tmp_path_factory.mktemp("cluster") / "log", *arguments)
 
     return started
 
@@ -259,4 +258,12 @@ def exact(cluster: Start) -> Iterator[Cluster]:
     # A patient lease: what is tested here is never a slow machine.
     room = ("kv.memory=68MiB", "kv.lease_seconds=60")
     with cluster(*settings("placement.how=remote", *numbers, *room)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tiny(cluster: Start) -> Iterator[Cluster]:
+    """A model of a thousandth of the size, fp32, prefill and decode apart, sixteen sequences at a time."""
+    model = ("--model", "random:tiny", *settings("model.dtype=fp32", "engine.threads=1"))
+    with cluster(*model, *settings("placement.how=remote", "engine.max_running=16", "kv.memory=64MiB")) as running:
         yield running
