@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
@@ -77,10 +78,14 @@ def test_scores_are_log_softmax_with_ranks_and_the_best_alternatives() -> None:
     assert kernels.score(logits, tokens, 0).top_tokens.shape == (20, 0)
 
 
-def test_a_rows_scores_are_its_own() -> None:
-    logits = some_logits(33)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rows_scores_are_its_own(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    logits = torch.randn((33, 20_011), generator=torch.Generator().manual_seed(1))
     tokens = torch.arange(33)
     together = kernels.score(logits, tokens, 3)
-    for row in range(33):
+    for row in range(0, 33, 4):
         alone = kernels.score(logits[row : row + 1].clone(), tokens[row : row + 1], 3)
         assert all(torch.equal(one, many[row : row + 1]) for one, many in zip(alone, together, strict=True))
+    torch.set_num_threads(before)
