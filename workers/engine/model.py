@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels
 from workers.engine.architectures import Activation
+from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
 from workers.engine.weights import Weights, stacked
 
@@ -86,6 +87,14 @@ class Model:
 
     def __init__(self, weights: Weights, *, max_context: int, device: torch.device) -> None:
         self.config = config = weights.config
+        if device.type != "cpu":
+            check_room(
+                config,
+                weights.tensors["model.norm.weight"].dtype,
+                available_bytes(device),
+                source=config.architecture.model_type,
+                where=str(device),
+            )
         taken = _Taken(weights, device)
         self._layers = [taken.layer(index) for index in range(config.layers)]
         self._embedding = taken.tensor("model.embed_tokens.weight")

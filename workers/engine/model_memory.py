@@ -31,7 +31,9 @@ def available_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, _container_bytes(Path("/sys/fs/cgroup")))
 
 
-def check_room(config: ModelConfig, dtype: torch.dtype, room_bytes: int, *, source: str) -> None:
+def check_room(
+    config: ModelConfig, dtype: torch.dtype, room_bytes: int, *, source: str, where: str = "this machine"
+) -> None:
     """Raises ModelTooLarge with both numbers. Called before anything is read."""
     needed = weight_bytes(config, dtype)
     if needed <= room_bytes:
@@ -39,8 +41,8 @@ def check_room(config: ModelConfig, dtype: torch.dtype, room_bytes: int, *, sour
     narrower = "" if dtype == torch.bfloat16 else ", model.dtype=bf16 takes half"
     raise ModelTooLarge(
         f"{source}: {config.parameters / 1e9:.1f} billion weights in {str(dtype).removeprefix('torch.')} need "
-        f"{needed / _GIB:.1f} GiB, this machine has {room_bytes / _GIB:.1f} GiB left: use fewer workers on this "
-        f"machine, a larger one or a smaller model{narrower}"
+        f"{needed / _GIB:.1f} GiB, {where} has {room_bytes / _GIB:.1f} GiB left: use fewer workers on it, "
+        f"a larger one or a smaller model{narrower}"
     )
 
 
