@@ -16,10 +16,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -28,13 +27,11 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 
 from diptych.errors import TransferFailed
 from diptych.types import LinkKind, PairAddress
+from workers.transfer.sockets import Address, Connections, close_all, connected, is_cut, listening, open_sockets
 
 Side = Literal["sender", "receiver"]
 _LOOK_SECONDS = 0.005
 """How often one side of a pair looks whether the other came."""
-Address: TypeAlias = str
-Connections: TypeAlias = dict[tuple[Address, Address], socket.socket]
-"""(our end, their end) → a duplicate of ours."""
 _RANK: dict[Side, int] = {"sender": 0, "receiver": 1}
 
 
@@ -144,8 +141,12 @@ class PairLink:
         try:
             run = self._group.send if self._side == "sender" else self._group.recv
             with self._own_stream():
+                work = run([packed], peer, 0)
+                # Cut before it began: gloo would not notice until its timeout.
+                if self._closed.is_set() or any(is_cut(end) for end in self._sockets):
+                    raise TransferFailed("the other side is gone")
                 # With a timeout NCCL's wait, too, blocks this thread until the data moved.
-                run([packed], peer, 0).wait(self._timeout)
+                work.wait(self._timeout)
         except RuntimeError as error:
             raise TransferFailed(f"the pair broke: {error}") from error
 
@@ -173,16 +174,16 @@ class PairLink:
 
     def _open_gloo(self, store: Store) -> None:
         gloo: Any = dist.ProcessGroupGloo  # torch's stubs know half of it
-        before = _open_files()
+        before = open_sockets()
         device = gloo.create_device(hostname=self._host)
-        listeners = _listening(_open_files() - before)
+        listeners = listening(open_sockets() - before)
         options = gloo._Options()
         options._devices = [device]
         options._timeout = self._timeout
         options._threads = 1
-        before = _open_files()
+        before = open_sockets()
         self._group = gloo(store, _RANK[self._side], 2, options)
-        self._sockets = self._agree(store, listeners, _connected(_open_files() - before))
+        self._sockets = self._agree(store, listeners, connected(open_sockets() - before))
 
     def _open_nccl(self, store: Store) -> None:
         # The default tears the process down on an error; timeouts are ours to own.
@@ -196,20 +197,20 @@ class PairLink:
         self._group = group
         self._stream = torch.cuda.Stream(self._device)
 
-    def _agree(self, store: Store, listeners: set[Address], connected: Connections) -> tuple[socket.socket, ...]:
+    def _agree(self, store: Store, listeners: set[Address], candidates: Connections) -> tuple[socket.socket, ...]:
         """The sockets that both sides hold an end of, at one of gloo's two listeners: no other is ever shut."""
         try:
             theirs = "receiver" if self._side == "sender" else "sender"
-            store.set(f"ends/{self._side}", json.dumps([[*listeners], [*connected]]))
+            store.set(f"ends/{self._side}", json.dumps([[*listeners], [*candidates]]))
             their_listeners, their_ends = json.loads(store.get(f"ends/{theirs}"))
             listeners = listeners | set(their_listeners)
             other = {(here, there) for here, there in their_ends}
         except BaseException:
-            _close(connected.values())
+            close_all(candidates.values())
             raise
-        ours = {ends for ends in connected if ends[::-1] in other and not listeners.isdisjoint(ends)}
-        _close(end for ends, end in connected.items() if ends not in ours)
-        return tuple(connected[ends] for ends in ours)
+        ours = {ends for ends in candidates if ends[::-1] in other and not listeners.isdisjoint(ends)}
+        close_all(end for ends, end in candidates.items() if ends not in ours)
+        return tuple(candidates[ends] for ends in ours)
 
     def _forget(self, store: Store, address: PairAddress) -> None:
         """The keys of this rendezvous, and of the pair's earlier ones, are of no use to anyone.
@@ -220,47 +221,3 @@ class PairLink:
         for name in store.list_keys():
             if f"{address.key}/" in name and unread not in name:
                 store.delete_key(name)
-
-
-def _open_files() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
-
-
-def _listening(files: set[int]) -> set[Address]:
-    """Where these descriptors accept connections."""
-    found: set[Address] = set()
-    for end in _sockets(files):
-        with end:
-            if end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                found.add(f"{end.getsockname()}")
-    return found
-
-
-def _connected(files: set[int]) -> Connections:
-    """Duplicates of the TCP connections among these descriptors."""
-    found: Connections = {}
-    for end in _sockets(files):
-        ends = _ends(end)
-        if ends is None or ends in found:  # another link's duplicate of the same
-            end.close()
-        else:
-            found[ends] = end
-    return found
-
-
-def _ends(end: socket.socket) -> tuple[Address, Address] | None:
-    with suppress(OSError):  # listening, or not connected any more
-        return f"{end.getsockname()}", f"{end.getpeername()}"
-    return None
-
-
-def _sockets(files: set[int]) -> Iterator[socket.socket]:
-    """Duplicates of the sockets among these descriptors; whoever iterates closes them."""
-    for number in files:
-        with suppress(OSError):  # gone again, or not a socket
-            yield socket.socket(fileno=os.dup(number))
-
-
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for each in sockets:
-        each.close()
