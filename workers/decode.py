@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diptych.errors import Internal, ServingError, TransferFailed, WorkerLost
+from diptych.errors import Internal, Rejected, ServingError, TransferFailed, WorkerLost
 from diptych.types import (
     Failure,
     How,
@@ -298,6 +298,10 @@ class DecodeRole:
     def _prefilled(self, answer: _Answer, done: PrefillDone | ServingError) -> None:
         handoff = answer.handoff
         if handoff is None or self._answers.get((answer.request.id, answer.attempt)) is not answer:
+            return
+        if isinstance(done, Rejected):  # it would be here, too
+            self._effects.emit(answer.request.front, Failure(answer.request.id, answer.attempt, done))
+            self._end(answer, str(done), tell_prefill=False)
             return
         if isinstance(done, ServingError):
             self._recover(answer, State.FAILED, str(done))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diptych.errors import PromptTooLong, ServingError, TransferFailed
+from diptych.errors import ServingError, TransferFailed
 from diptych.types import (
     Failure,
     KvParcel,
@@ -94,7 +94,7 @@ class PrefillRole:
             return
         tokens, limit = len(order.request.tokens), self._engine.limits.max_context
         if tokens > limit:  # it would wait at the head of the queue for ever
-            reply(PromptTooLong(f"{order.request.id}: {tokens} prompt tokens, {self._spec.id} holds {limit}"))
+            reply(TransferFailed(f"{order.request.id}: {tokens} prompt tokens, {self._spec.id} holds {limit}"))
             return
         sequence = Sequence(
             request=order.request,
