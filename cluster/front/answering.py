@@ -7,13 +7,13 @@ what frees the request's blocks.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from diptych.errors import Internal
+from diptych.errors import DeadlineExceeded, Internal
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from cluster.front.service import Ask, Delta, Service
 
@@ -41,3 +41,16 @@ async def answer_all(service: Service, asks: Sequence[Ask], handle: Callable[[in
 
 def _placed(place: int, handle: Callable[[int, Delta], Awaitable[None]]) -> Callable[[Delta], Awaitable[None]]:
     return lambda delta: handle(place, delta)
+
+
+@asynccontextmanager
+async def within(seconds: float | None) -> AsyncGenerator[None]:
+    """The caller's own deadline; None is none. Raises DeadlineExceeded when it passes."""
+    timeout = asyncio.timeout(seconds)
+    try:
+        async with timeout:
+            yield
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        raise DeadlineExceeded("the request's own deadline passed") from error

@@ -44,11 +44,11 @@ def check_model(service: Service, name: str) -> None:
         raise UnknownModel(f"no model {name[:100]!r} here; {service.model_name!r} is served")
 
 
-async def encode_text(text: TextModel, prompt: str) -> tuple[int, ...]:
+async def encode_text(text: TextModel, prompt: str, *, after_bos: bool = True) -> tuple[int, ...]:
     """The prompt as it stands, without a chat template."""
     if len(prompt) <= INLINE_CHARACTERS:
-        return tuple(text.encode(prompt))
-    return tuple(await asyncio.to_thread(text.encode, prompt))
+        return tuple(text.encode(prompt, after_bos=after_bos))
+    return tuple(await asyncio.to_thread(text.encode, prompt, after_bos=after_bos))
 
 
 async def encode_chat(text: TextModel, messages: Sequence[ChatMessage]) -> tuple[int, ...]:

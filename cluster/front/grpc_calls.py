@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from grpc_status import rpc_status
 
+from cluster.front.answering import within
 from diptych.errors import DeadlineExceeded, Internal, ServingError
 from diptych.rpc import to_status
 
@@ -50,7 +51,7 @@ class Context(Protocol):
 async def answering(context: Context, request_id: str) -> AsyncGenerator[None]:
     """Ends the call with a status that says what went wrong, and at the caller's deadline at the latest."""
     try:
-        async with _deadline(context.time_remaining()):
+        async with within(context.time_remaining()):
             yield
     except ServingError as error:
         await context.abort_with_status(_status(error))
@@ -58,18 +59,6 @@ async def answering(context: Context, request_id: str) -> AsyncGenerator[None]:
         # The last door: the client learns that it failed, the log learns why.
         _log.exception("request %s failed", request_id)
         await context.abort_with_status(_status(Internal(f"internal error; request {request_id}")))
-
-
-@asynccontextmanager
-async def _deadline(seconds: float | None) -> AsyncGenerator[None]:
-    timeout = asyncio.timeout(seconds)
-    try:
-        async with timeout:
-            yield
-    except TimeoutError as error:
-        if not timeout.expired():
-            raise
-        raise DeadlineExceeded("the call's own deadline passed") from error
 
 
 def _status(error: ServingError) -> grpc.Status:

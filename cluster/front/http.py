@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import socket
 import time
@@ -20,6 +21,8 @@ from starlette.routing import Route
 
 from cluster.front.errors import error_body, http_error
 from cluster.front.openai_api import OpenAiApi, request_id_of
+from cluster.front.openapi import document
+from cluster.front.tokenize_api import TokenizeApi
 from cluster.observe.metrics import FrontMetrics
 from diptych.errors import Internal, ServingError
 
@@ -63,12 +66,20 @@ def build_app(service: Service, metrics: FrontMetrics | None = None) -> Starlett
     if metrics is None:
         metrics = FrontMetrics(service.model_name)
         service = metrics.observed(service)
-    api = OpenAiApi(service, metrics, int(time.time()))
+    api, tokenize = OpenAiApi(service, metrics, int(time.time())), TokenizeApi(service)
+    described = json.dumps(document(), ensure_ascii=False).encode()
+
+    async def describe(_: Request) -> Response:
+        return Response(described, media_type="application/json")
+
     routes = [
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/models", api.models),
         Route("/v1/models/{id:path}", api.model),
+        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/openapi.json", describe),
         Route("/health", api.ready),
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse, Response
 
-from cluster.front.answering import answer_all
+from cluster.front.answering import answer_all, within
 from cluster.front.asks import Prompt, asks_of, check_model, encode_chat, encode_text, max_context
 from cluster.front.chat import ChatMessage
-from cluster.front.http_wire import EventStream, read_json, while_connected
+from cluster.front.http_wire import EventStream, deadline_seconds, read_json, while_connected
 from cluster.front.openai_answers import Answer, Envelope, EventWriter, total_usage, whole
 from cluster.front.openai_choices import Choice
 from cluster.front.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, parse_request
@@ -44,7 +44,7 @@ class OpenAiApi:
         """POST /v1/chat/completions."""
         body = parse_request(ChatRequest, await read_json(request))
         check_model(self.service, body.model)
-        tokens = await encode_chat(self.service.text, [_turn(message) for message in body.messages])
+        tokens = await encode_chat(self.service.text, [turn_of(message) for message in body.messages])
         wanted = replace(_wanted(body), logprobs_name="top_logprobs")
         if body.logprobs:
             wanted = replace(wanted, logprobs=body.top_logprobs or 0)
@@ -73,19 +73,20 @@ class OpenAiApi:
     async def _respond(
         self, request: Request, kind: Kind, body: AnyRequest, prompts: Sequence[Prompt], wanted: Wanted
     ) -> Response | EventStream:
-        request_id = request_id_of(request)
+        request_id, deadline = request_id_of(request), deadline_seconds(request)
         choices = body.n or 1
         asks = asks_of(self.service, request_id, prompts, wanted, choices=choices)
         envelope = Envelope(id=request_id, kind=kind, model=self.service.model_name, created=int(time.time()))
         beside = [self._choice(ask, kind, body, place // choices) for place, ask in enumerate(asks)]
         if body.stream:
-            return EventStream(self._streaming(asks, beside, envelope, body), request_id)
+            return EventStream(self._streaming(asks, beside, envelope, body, deadline), request_id)
         answers = [Answer() for _ in asks]
 
         async def collect(place: int, delta: Delta) -> None:
             answers[place].add(beside[place].with_echo(delta))
 
-        await while_connected(request.receive, answer_all(self.service, asks, collect))
+        async with within(deadline):
+            await while_connected(request.receive, answer_all(self.service, asks, collect))
         return JSONResponse(whole(envelope, answers, beside, choices))
 
     def _choice(self, ask: Ask, kind: Kind, body: AnyRequest, prompt: int) -> Choice:
@@ -97,7 +98,12 @@ class OpenAiApi:
         return Choice(ask, self.service.text, kind, echo=echo, tells_prompt=tells_prompt)
 
     def _streaming(
-        self, asks: Sequence[Ask], beside: Sequence[Choice], envelope: Envelope, body: AnyRequest
+        self,
+        asks: Sequence[Ask],
+        beside: Sequence[Choice],
+        envelope: Envelope,
+        body: AnyRequest,
+        deadline: float | None,
     ) -> Callable[[Emit], Awaitable[None]]:
         options = body.stream_options
         include_usage = options is not None and bool(options.include_usage)
@@ -116,7 +122,8 @@ class OpenAiApi:
                 if events:
                     await emit(events)
 
-            await answer_all(self.service, asks, write)
+            async with within(deadline):
+                await answer_all(self.service, asks, write)
             await emit(writer.last(total_usage(ends, body.n or 1) if include_usage else None))
 
         return produce
@@ -182,7 +189,8 @@ def _wanted(body: AnyRequest) -> Wanted:
     )
 
 
-def _turn(message: Message) -> ChatMessage:
+def turn_of(message: Message) -> ChatMessage:
+    """One turn as the chat template takes it."""
     # OpenAI's newer name for the system's turn; chat templates know the older one.
     role = "system" if message.role == "developer" else message.role
     return ChatMessage(role=role, content=message.content, name=message.name)

@@ -5,10 +5,11 @@ A field is honoured, or harmless and ignored, or refused by name: none is accept
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Final, Literal, TypeAlias, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from diptych.errors import InvalidRequest
@@ -16,12 +17,12 @@ from diptych.errors import InvalidRequest
 MAX_CHOICES: Final = 128
 """Answers in one request: `n` times the number of prompts."""
 
-_HARMLESS: Final = frozenset(
+HARMLESS: Final = frozenset(
     {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"}
 )
 """They say who asks or where to keep it, and leave the answer as it is."""
 
-_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -92,15 +93,38 @@ def _token(key: str) -> int:
     return int(key)
 
 
+_STRINGS: Final = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_TOKENS: Final = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_PROMPT_SCHEMA: Final = {
+    "anyOf": [{"type": "string"}, _STRINGS, _TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1}]
+}
+_STOP_SCHEMA: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_PART_SCHEMA: Final = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_BIAS_SCHEMA: Final = {
+    "type": "object",
+    "additionalProperties": {"type": ["number", "null"]},
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+}
+_CONTENT_SCHEMA: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]}
+"""What the validators above take, for the published document."""
+
 Count: TypeAlias = Annotated[int, Field(ge=-(2**31), le=2**31)]
 """Wide enough for any count; what it may be is checked where the model is known."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class Body(BaseModel):
+    """A JSON object that clients send."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries beside the text."""
 
     include_usage: bool | None = None
@@ -109,21 +133,21 @@ class StreamOptions(_Body):
     """Padding against traffic analysis; harmless to leave out."""
 
 
-class Extension(_Body):
+class Extension(Body):
     """diptych's own wishes."""
 
     fingerprint: bool = False
 
 
-class Message(_Body):
+class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_flat_content)]
+    content: Annotated[str, BeforeValidator(_flat_content), WithJsonSchema(_CONTENT_SCHEMA)]
     name: str | None = None
 
 
-class AnyRequest(_Body):
+class AnyRequest(Body):
     """What chat and text completions share. None is unset."""
 
     model: str
@@ -136,11 +160,11 @@ class AnyRequest(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token), WithJsonSchema(_BIAS_SCHEMA)] | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     min_tokens: Count | None = None
-    stop: Annotated[list[str], BeforeValidator(_stop_list)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -163,26 +187,19 @@ class ChatRequest(AnyRequest):
 class CompletionRequest(AnyRequest):
     """The body of /v1/completions."""
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompt_list)]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompt_list), WithJsonSchema(_PROMPT_SCHEMA)]
     logprobs: Count | None = None
     echo: bool | None = None
 
 
+BodyT = TypeVar("BodyT", bound=Body)
 AnyRequestT = TypeVar("AnyRequestT", bound=AnyRequest)
+Neutral: TypeAlias = Mapping[str, tuple[object, ...]]
 
 
 def parse_request(kind: type[AnyRequestT], body: object) -> AnyRequestT:
     """The body as `kind`. Raises InvalidRequest naming the first field that is wrong."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    fields = _without_nulls(cast("dict[str, object]", body))
-    for name in fields.keys() - kind.model_fields.keys():
-        _check_other(name, fields[name], kind)
-    wanted = {name: value for name, value in fields.items() if name in kind.model_fields}
-    try:
-        request = kind.model_validate(wanted)
-    except ValidationError as error:
-        raise _first_wrong(error) from error
+    request = parse_body(kind, body, NEUTRAL, HARMLESS)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options needs stream: true", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
@@ -193,16 +210,27 @@ def parse_request(kind: type[AnyRequestT], body: object) -> AnyRequestT:
     return request
 
 
-def _check_other(name: str, value: object, kind: type[AnyRequest]) -> None:
-    if name in _HARMLESS:
-        return
-    if name in _NEUTRAL:
+def parse_body(kind: type[BodyT], body: object, neutral: Neutral, harmless: Container[str]) -> BodyT:
+    """As `parse_request`, for any kind: `neutral` fields have only these values, `harmless` ones any."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    fields = _without_nulls(cast("dict[str, object]", body))
+    for name in fields.keys() - kind.model_fields.keys():
+        if name not in harmless:
+            _check_other(name, fields[name], kind, neutral)
+    try:
+        return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
+    except ValidationError as error:
+        raise _first_wrong(error) from error
+
+
+def _check_other(name: str, value: object, kind: type[Body], neutral: Neutral) -> None:
+    if name in neutral:
         # By type too: 0 logprobs are not False logprobs.
-        if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[name]):
+        if not any(type(value) is type(one) and value == one for one in neutral[name]):
             raise InvalidRequest(f"{name} with this value isn't served here: leave it out", param=name)
         return
-    known = [*kind.model_fields, *_NEUTRAL, *_HARMLESS]
-    near = get_close_matches(name[:100], known, n=1)
+    near = get_close_matches(name[:100], [*kind.model_fields, *neutral], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise InvalidRequest(f"unknown field {name[:100]!r}{hint}", param=name[:100])
 

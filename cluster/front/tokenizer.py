@@ -64,12 +64,13 @@ class TextModel:
         """Whether `encode_chat` works."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, after_bos: bool = True) -> list[int]:
         """The tokens of a client's text, after BOS where the model declares it.
 
         Raises `InvalidRequest` when the text can't be UTF-8 (a lone surrogate).
         """
-        start = [] if self._vocabulary.bos_id is None else [self._vocabulary.bos_id]
+        bos = self._vocabulary.bos_id if after_bos else None
+        start = [] if bos is None else [bos]
         return [*start, *self._ordinary(text, at_start=True)]
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -102,6 +103,10 @@ class TextModel:
     def written(self, token: int) -> bytes:
         """A single token as it is written: bytes that may be no text, the name of a special token."""
         return self._special_names.get(token) or self._token_bytes[token]
+
+    def words(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
+        return [self._vocabulary.tokenizer.id_to_token(token) or "" for token in tokens]
 
     def _ordinary(self, text: str, *, at_start: bool) -> list[int]:
         if at_start and self._vocabulary.space_at_start and not text.startswith((" ", "▁")):
