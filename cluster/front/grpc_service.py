@@ -31,6 +31,7 @@ from cluster.front.grpc_messages import (
     turns_of,
     wanted_of,
 )
+from cluster.front.grpc_readable import Readable
 from cluster.front.wanted import check_token_ids
 from diptych.errors import InvalidRequest
 from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -168,7 +169,7 @@ async def serve_grpc(service: Service, host_port: str) -> tuple[grpc.aio.Server,
 
     End it with `await server.stop(grace_seconds)`. Raises OSError when it can't listen.
     """
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=(Readable(),), options=_SERVER_OPTIONS)
     _add_services(service, server)
     try:
         port = server.add_insecure_port(host_port)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import httpx
 import openai
 import pytest
 
+from cluster.front import http_wire
 from diptych.errors import (
     DeadlineExceeded,
     Draining,
@@ -21,10 +24,20 @@ from diptych.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.cluster.conftest import ScriptedService, Wire
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 TEXT = {"model": "tiny", "prompt": "hello"}
+
+
+@pytest.fixture(autouse=True)
+def _the_next_request_is_answered(wire: Wire) -> Iterator[None]:
+    yield
+    wire.service.fail_at = None
+    response = httpx.post(f"{wire.url}/v1/completions", json=TEXT, timeout=30)
+    assert response.json()["choices"][0]["text"] == wire.service.answer
 
 
 def refusal(response: httpx.Response) -> dict[str, object]:
@@ -286,3 +299,37 @@ def test_a_bug_is_answered_with_the_requests_id_and_none_of_its_words(
     assert json.loads(last)["error"]["code"] == "internal_error"
     assert response.headers["x-request-id"] in json.loads(last)["error"]["message"]
     assert "secret" not in response.text
+
+
+def test_a_body_that_trickles_in_is_given_up(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_wire, "BODY_TIMEOUT_SECONDS", 0.3)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", wire.http_port), timeout=20) as slow:
+        slow.sendall(head + b'{"model": ')
+        answer = b""
+        while b'"code":"timeout"' not in answer and (piece := slow.recv(4096)):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"0.3 s" in answer
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"\x00\xff" * 100 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/9.9\r\nconnection: close\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nx: " + b"a" * 200_000,
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=lambda noise: repr(noise[:40]),
+)
+def test_what_is_no_http_is_a_400(wire: Wire, noise: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", wire.http_port), timeout=20) as stranger:
+        stranger.sendall(noise)
+        answer = b""
+        with suppress(ConnectionResetError):  # what wasn't read when the server hung up
+            while piece := stranger.recv(4096):
+                answer += piece
+    assert answer.startswith(b"HTTP/1.1 4")
