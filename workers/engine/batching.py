@@ -155,6 +155,8 @@ class Batcher:
         """
         admitted: list[Sequence] = []
         tokens = self._max_batch_tokens - sum(sequence.remaining for sequence in self._running)
+        if all(sequence.remaining == 1 for sequence in self._running):
+            tokens = max(tokens, self._block_size)  # what the first prompt gets however many decode
         for sequence in tuple(self._waiting):
             if len(self._running) + len(self._granted) >= self._max_running:
                 break
