@@ -10,8 +10,8 @@ every KV dtype.
 With a window of w, a query sees its own key and the w - 1 before it. Splits that no query of the
 call sees are not visited; to a query, a split that it doesn't see is nothing either way.
 
-Positions past a sequence's end are masked, but the values there are read: blocks must hold finite
-numbers, which the engine keeps true (it never keeps a block of a sequence that overflowed).
+Positions past a sequence's end are masked, and their values count as zeros: a block may hold anything
+there, the infinities of a sequence that overflowed included (0 times one is not 0).
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def decode_attention(
         positions = torch.arange(split * SPLIT, (split + 1) * SPLIT, device=query.device)
         lengths = table.lengths[past:reach, None, None, None]
         visible = positions < lengths
+        ending = table.reach[split + 1] if split + 1 < len(table.reach) else 0
+        values[max(0, ending - past) :].masked_fill_(~visible[max(0, ending - past) :].transpose(-1, -2), 0.0)
         if window is not None:
             visible &= positions >= lengths - window
         part = _attend(grouped[past:reach], keys, values, visible, scale, soft_cap)
@@ -120,6 +122,7 @@ def prefill_attention(
         keys, values = _gather(layer, columns[None])
         # Rows before this split's first key see none of it. Whole tiles only, for equal bits.
         skipped = max(0, split * SPLIT - start) * group // 64 * 64
+        values[..., max(0, start + tokens - split * SPLIT) :, :] = 0.0
         keys_at = torch.arange(split * SPLIT, (split + 1) * SPLIT, device=query.device)
         seen = positions[skipped:, None] >= keys_at
         if window is not None:

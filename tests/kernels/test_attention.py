@@ -85,6 +85,21 @@ def test_what_pads_a_table_does_not_show(cache: Cache) -> None:
     assert torch.equal(cache.decoded(lengths, pad=0), cache.decoded(lengths, pad=199))
 
 
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
+@pytest.mark.parametrize("length", [1, 16, 17, 255, 257, 300])
+def test_what_lies_past_the_end_does_not_show(garbage: float, length: int) -> None:
+    clean, dirty = Cache(2, 2), Cache(2, 2)
+    blocks, rest = divmod(length, BLOCK)
+    if rest:
+        dirty.arena[dirty.blocks[blocks], :, :, rest:] = garbage
+    others = [block for block in range(200) if block not in dirty.blocks[: -(-length // BLOCK)].tolist()]
+    dirty.arena[others] = garbage
+    assert torch.equal(dirty.decoded([length], pad=others[0]), clean.whole[length - 1 : length])
+    assert torch.equal(dirty.chunk(0, length), clean.whole[:length])
+    if length > 1:
+        assert torch.equal(dirty.chunk(length // 2, length), clean.whole[length // 2 : length])
+
+
 def test_scores_and_sums_of_a_bf16_cache_are_fp32() -> None:
     cache = Cache(2, 2)
     half = cache.arena.bfloat16()

@@ -140,6 +140,17 @@ def test_logits_that_are_not_finite_fail_their_own_request_only(
     assert torch.isfinite(engine.arena).all()
 
 
+def test_an_overflow_that_nobody_saw_harms_nobody(bench: Make, prompt: Make, request_for: Make) -> None:
+    clean = bench().answers(request_for(prompt(5, seed=1)), request_for(prompt(300, seed=2)))
+    engine = bench(blocks=30, max_batch_tokens=64)
+    cancelled = engine.sequence(request_for(prompt(400), max_tokens=50))
+    engine.add(cancelled)
+    engine.step()
+    engine.arena[cancelled.blocks] = float("nan")
+    engine.drop(cancelled)  # in the middle of its prompt: it had no logits to look at
+    assert engine.answers(request_for(prompt(5, seed=1)), request_for(prompt(300, seed=2))) == clean
+
+
 def test_an_engine_dropped_anywhere_is_whole(bench: Make, prompt: Make, request_for: Make) -> None:
     chance = random.Random(5)
     engine = bench(blocks=20, max_batch_tokens=48, max_running=6)
