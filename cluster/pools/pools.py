@@ -58,6 +58,7 @@ class Pools:
         self._size = 0
         self._scheduler: Any = None
         self._front: Any = None
+        self._is_open = False
         self._watches: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -76,6 +77,7 @@ class Pools:
             await asyncio.gather(answer(self._front.prepare.remote(self._scheduler), "the front"), *starts)
             await self._introduce()
             ports = await answer(self._front.open.remote(), "the front")
+            self._is_open = True
         self._watch(self._wait_broken(self._front, "the front"))
         self._watch(self._wait_broken(self._scheduler, "the scheduler"))
         return ports
@@ -85,12 +87,15 @@ class Pools:
         return await self._broken
 
     async def stop(self) -> None:
-        """In order: fronts first, so that nobody is cut off who could have ended."""
+        """In order: fronts first, so that nobody is cut off who could have ended.
+
+        What is still starting has nobody to cut off, and would answer only when it is up.
+        """
         for watch in self._watches:
             watch.cancel()
-        if self._front is not None:
+        if self._is_open:
             await self._bounded(self._front.close.remote(), "the front", 2 * _STOP_SECONDS)
-        stops = [member.handle.stop.remote(_STOP_SECONDS) for member in self._members.values()]
+        stops = [member.handle.stop.remote(_STOP_SECONDS) for member in self._members.values() if member.info]
         await asyncio.gather(*(self._bounded(stop, "a worker", _STOP_SECONDS + 1) for stop in stops))
 
     # ---- members ------------------------------------------------------------------------------------------
