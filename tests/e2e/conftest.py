@@ -76,6 +76,8 @@ class Cluster:
     http: str
     """Host and port."""
     grpc: str
+    started_seconds: float
+    """Until it said so."""
     client: Client = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,8 +119,9 @@ class Cluster:
         return workers
 
     def tail(self) -> str:
-        """What it said last."""
-        return self.log.read_text()[-4000:]
+        """What it and its workers said last."""
+        logs = [self.log, *(log for folder in self.folders() for log in sorted(folder.glob("logs/worker-*.err")))]
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in logs)
 
     # ---- processes ----------------------------------------------------------------------------------
 
@@ -141,7 +144,11 @@ class Cluster:
         left = [f"{process.pid} {process.cmdline()[:4]}" for process in self.processes()]
         assert (status, left) == (0, []), self.tail()
         assert [folder for folder in folders if folder.exists()] == []
-        assert not any(answers(address) for address in (self.http, self.grpc))
+        assert not self.is_listening()
+
+    def is_listening(self) -> bool:
+        """At either address."""
+        return any(accepts(address) for address in (self.http, self.grpc))
 
 
 def is_idle(worker: WorkerStatus) -> bool:
@@ -165,7 +172,7 @@ def has_mark(process: psutil.Process, mark: str) -> bool:
         return False  # gone meanwhile, or the kernel's
 
 
-def answers(address: str) -> bool:
+def accepts(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
@@ -182,7 +189,7 @@ def environment(mark: str) -> dict[str, str]:
 
 def start(log: Path, *arguments: str) -> Cluster:
     """Until it has printed its addresses."""
-    mark = uuid.uuid4().hex
+    mark, began = uuid.uuid4().hex, time.monotonic()
     command = [sys.executable, "-m", "cluster", "serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", *arguments]
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -204,7 +211,7 @@ def start(log: Path, *arguments: str) -> Cluster:
         process.kill()
         raise AssertionError(f"{command} did not start:\n{log.read_text()[-4000:]}")
     http, grpc = (address[0] for address in addresses if address)
-    return Cluster(process, mark, log, http, grpc)
+    return Cluster(process, mark, log, http, grpc, time.monotonic() - began)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diptych.v1.admin_pb2 import GetStatusResponse, WorkerStatus
     from tests.e2e.conftest import Cluster
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 STREAMS = 8
 WAIT_SECONDS = 60

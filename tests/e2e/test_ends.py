@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE, Popen
 from threading import Barrier
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from diptych.errors import ServingError
 
 if TYPE_CHECKING:
-    from subprocess import Popen
-
     from tests.e2e.conftest import Cluster, Start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 STREAMS = 4
-WAIT_SECONDS = 60
+WAIT_SECONDS, END_SECONDS = 60, 20
+TREE = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -47,6 +49,34 @@ def test_it_ends_with_nothing_left_while_it_answers(cluster: Start, ask_to_end: 
         for answer in answers:
             assert isinstance(answer.exception(WAIT_SECONDS), ServingError | ConnectionError), answer
     assert set(SHARED_MEMORY.iterdir()) <= shared
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", ["keeper", "launcher"])
+def test_it_leaves_nothing_when_it_is_killed(cluster: Start, victim: str) -> None:
+    with cluster("--model", "random:tiny") as running:
+        everyone = running.processes()
+        [launcher] = [process for process in everyone if process.ppid() == running.process.pid]
+        (running.process if victim == "keeper" else launcher).kill()
+        running.process.wait(END_SECONDS)
+        _, left = psutil.wait_procs(everyone, timeout=END_SECONDS)
+        assert left == []
+        assert not running.is_listening()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ask_to_end", [control_c, terminate])
+def test_it_ends_at_once_while_it_starts(ask_to_end: Callable[[Popen[str]], None]) -> None:
+    addresses = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
+    command = [sys.executable, "-m", "cluster", "serve", "--model", "random:tiny", *addresses]
+    with Popen(command, cwd=TREE, stderr=PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        assert any("starting prefill-0" in line for line in process.stderr)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        ask_to_end(process)
+        assert process.wait(END_SECONDS) == 0
+        assert "stopped while starting" in process.stderr.read()
+    assert not [one for one in everyone if one.is_running()]
 
 
 def read(cluster: Cluster, begun: Barrier) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import Cluster
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = "What is the capital of France?"
@@ -46,7 +46,7 @@ def api(served: Cluster) -> Iterator[openai.OpenAI]:
 # ---- one real answer ------------------------------------------------------------------------------------
 
 
-def test_paris_over_http_with_openais_client_streaming(api: openai.OpenAI) -> None:
+def test_paris_over_http_with_openais_client_streaming(served: Cluster, api: openai.OpenAI) -> None:
     stream = api.chat.completions.create(
         model=MODEL, messages=MESSAGES, temperature=0, stream=True, stream_options={"include_usage": True}
     )
@@ -64,7 +64,7 @@ def test_paris_over_http_with_openais_client_streaming(api: openai.OpenAI) -> No
     )
     assert extension["prompt_tokens_computed"] + extension["cached_tokens"] == last.usage.prompt_tokens
     assert last.usage.prompt_tokens_details.cached_tokens == extension["cached_tokens"]
-    print(f"\n1a: {text!r}")
+    print(f"\n1a: {text!r}, from a cluster that took {served.started_seconds:.1f} s to start")
 
 
 def test_paris_over_grpc_with_diptych_ask(served: Cluster) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Answer, Cluster, Start
     from tests.e2e.exact.conftest import Said
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 TOKENS = 64
 FEW = 12
@@ -50,7 +50,9 @@ class Transformers:
     def __init__(self, source: ModelSource) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         path = Path(source.path)
         self._tensor, self._no_grad = torch.tensor, torch.no_grad
         self._model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
