@@ -25,6 +25,7 @@ from diptych.types import (
     ModelSource,
     RequestId,
     Served,
+    TokenLogprobs,
     WorkerId,
     WorkerInfo,
     WorkerStatus,
@@ -69,7 +70,12 @@ class ScriptedService:
                 await self._mishap(ask, place)
                 completion_tokens += len(tokens)
                 yield Delta(
-                    character * self.widen, tokens, _fingerprints(ask, tokens), ask.params.forced[place : place + 1]
+                    character * self.widen,
+                    tokens,
+                    _fingerprints(ask, tokens),
+                    ask.params.forced[place : place + 1],
+                    logprobs=_logprobs(tokens, ask.params.logprobs),
+                    prompt_logprobs=None if place else _prompt_logprobs(ask),
                 )
             finish = "stop" if completion_tokens == len(self.text.encode(self.answer)) else "length"
             yield Delta("", (), finish=finish, usage=self._usage(ask, completion_tokens))
@@ -102,6 +108,19 @@ class ScriptedService:
 
 def _fingerprints(ask: Ask, tokens: tuple[int, ...]) -> tuple[bytes, ...]:
     return tuple(sha256(bytes([token])).digest() for token in tokens) if ask.params.fingerprint else ()
+
+
+def _logprobs(tokens: tuple[int, ...], count: int | None) -> tuple[TokenLogprobs, ...]:
+    """Every token is the likeliest, and the lowest ids come after it."""
+    if count is None:
+        return ()
+    top = [tuple(dict.fromkeys((token, *range(20))))[:count] for token in tokens]
+    return tuple(TokenLogprobs(-0.5, 1, each, tuple(-0.5 - rank for rank in range(count))) for each in top)
+
+
+def _prompt_logprobs(ask: Ask) -> tuple[TokenLogprobs, ...] | None:
+    count = ask.params.prompt_logprobs
+    return None if count is None else _logprobs(ask.tokens[1:], count)
 
 
 def _worker(role: str, *, leaked_blocks: int) -> WorkerStatus:
