@@ -44,7 +44,7 @@ class Cache:
         return decode_attention(self.query[[length - 1 for length in lengths]], self.arena, table, DIM**-0.5)
 
 
-@pytest.fixture(params=[(3, 3), (2, 1), (1, 4)], ids=["3x3 heads", "2x1 heads", "1x4 heads"], scope="module")
+@pytest.fixture(params=[(3, 3), (2, 1)], ids=["3x3 heads", "2x1 heads"], scope="module")
 def cache(request: pytest.FixtureRequest) -> Cache:
     return Cache(*request.param)
 
@@ -66,8 +66,8 @@ def test_it_is_attention(cache: Cache) -> None:
     torch.testing.assert_close(cache.whole, reference(cache), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("start", [0, 3, 240, 255, 256, 257, 500])
-@pytest.mark.parametrize("end", [1, 5, 255, 256, 257, 300, 513, 700])
+@pytest.mark.parametrize("start", [0, 3, 255, 256, 257])
+@pytest.mark.parametrize("end", [5, 256, 257, 513, 700])
 def test_a_chunk_has_the_bits_of_the_whole(cache: Cache, start: int, end: int) -> None:
     if start < end:
         assert torch.equal(cache.chunk(start, end), cache.whole[start:end])
@@ -112,7 +112,7 @@ def test_scores_and_sums_of_a_bf16_cache_are_fp32() -> None:
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("window", [1, 16, 255, 256, 300])
+@pytest.mark.parametrize("window", [1, 255, 256, 300])
 def test_a_window_hides_what_lies_before_it(cache: Cache, window: int) -> None:
     length = cache.length
     splits = cache.blocks
@@ -150,6 +150,7 @@ print(hashlib.sha256(cache.whole.numpy().tobytes()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_in_one_and_in_two_threads_bits_do_not_depend_on_the_batch() -> None:
     here = Path(__file__).parent
     for threads in ("1", "2"):
