@@ -90,8 +90,11 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
 
 
 def max_context(service: Service) -> int:
-    """Prompt plus answer, in tokens, that fit now; what the model can take while no worker is there to hold any."""
-    return min(service.max_context or service.text.context_length, service.text.context_length)
+    """Prompt plus answer, in tokens, that fit now; what the model declares while no worker is there to hold any.
+
+    The workers know better than the declaration: a scaled rope takes them further.
+    """
+    return service.max_context or service.text.context_length
 
 
 def _parameters(service: Service, prompt: Prompt, wanted: Wanted, seed: int) -> SamplingParams:
