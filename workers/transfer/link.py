@@ -158,16 +158,22 @@ class PairLink:
         return torch.cuda.stream(self._stream)
 
     def _meet(self, store: Store, key: str) -> None:
-        """Until the other side is here too. From then on both are quick; this wait alone may be long, so
-        that `close` must end it, and a store's own waits can't be ended."""
-        store.set(f"here/{self._side}", "")
+        """Until the other side is here too, and neither has given up.
+
+        This wait alone may be long, so `close` ends it. Whether the pair is opened is settled by one
+        write: nobody goes on to wait, where nothing ends it, for one who has left.
+        """
         theirs = "receiver" if self._side == "sender" else "sender"
+        store.set(f"here/{self._side}", "")
         deadline = time.monotonic() + self._timeout.total_seconds()
-        while not store.check([f"here/{theirs}"]):
+        wanted, why = "opened", f"the {theirs} gave up"
+        while wanted == "opened" and not store.check([f"here/{theirs}"]):
             if self._closed.wait(_LOOK_SECONDS):
-                raise TransferFailed(f"pair {key} was closed while it opened")
-            if time.monotonic() > deadline:
-                raise TransferFailed(f"pair {key} did not meet within {self._timeout}: no {theirs} came")
+                wanted, why = "given up", "it was closed"
+            elif time.monotonic() > deadline:
+                wanted, why = "given up", f"no {theirs} came"
+        if store.compare_set("fate", "", wanted) != b"opened":
+            raise TransferFailed(f"pair {key} did not meet within {self._timeout}: {why}")
 
     def _dial(self, address: PairAddress) -> TCPStore:
         return TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=self._timeout)

@@ -162,6 +162,30 @@ def test_close_ends_a_wait_for_the_other_side(ends: Callable[..., Ends], side: s
     assert end.wait_closed(WAIT_SECONDS)
 
 
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_who_comes_after_the_other_gave_up_does_not_wait_for_it(ends: Callable[..., Ends], side: str) -> None:
+    pair = ends(timeout_seconds=600.0)
+    announced: queue.Queue[KvParcel] = queue.Queue()
+    if side == "receiver":
+        pair.ship(0, announced.put)
+        parcel = announced.get(timeout=WAIT_SECONDS)
+        while not any("here/sender" in key for key in keys(pair.place, pair.address.key)):
+            pass
+        pair.sender.close()
+        assert pair.sender.wait_closed(WAIT_SECONDS)
+        pair.receiver.expect(parcel)
+    else:
+        pair.receiver.expect(KvParcel(transfer="t", epoch=1, sequence=0, first=0, count=1, nbytes=8))
+        while not any("here/receiver" in key for key in keys(pair.place, pair.address.key)):
+            pass
+        pair.receiver.close()
+        assert pair.receiver.wait_closed(WAIT_SECONDS)
+        pair.ship(0, announced.put)
+    errors = [pair.broken.get(timeout=WAIT_SECONDS) for _ in range(2)]
+    assert errors[1][0] == side
+    assert "gave up" in str(errors[1][1])
+
+
 def test_who_never_met_its_peer_fails_within_its_timeout(ends: Callable[..., Ends]) -> None:
     pair = ends(timeout_seconds=0.1)
     pair.ship(0, lambda _: None)
