@@ -137,6 +137,8 @@ class Dispatcher:
                 for item in items:
                     if inbox := self._inboxes.get(item.request):
                         inbox.put(item)
+        # A worker that isn't heard can't be asked: who is placed there would wait for ever.
+        self._members.pop(worker).opened.set()
         self._lost(worker)
 
     # ---- Service ----------------------------------------------------------------------------------------
@@ -211,6 +213,8 @@ class Dispatcher:
                 self._placed_on[request.id] = placement
                 await member.port.submit(request, inbox.attempt, placement)
             except WorkerLost:
+                if inbox.accepted:
+                    return  # it speaks: only its word that it has the request was lost
                 self._again(inbox, request)
             else:
                 return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 
-from diptych.errors import ServingError
+from diptych.errors import ServingError, WorkerLost
 from diptych.types import Emission, Failure, Outgoing
 
 
@@ -19,6 +19,7 @@ class Inbox:
     def __init__(self) -> None:
         self.attempt = 0
         self._next = 0
+        self._first: Emission | None = None
         self._early: dict[int, Emission] = {}
         self._ready: list[Emission] = []
         self._error: ServingError | None = None
@@ -31,11 +32,13 @@ class Inbox:
 
     def put(self, outgoing: Outgoing) -> None:
         """Anything a worker said about this request."""
-        if outgoing.attempt != self.attempt:
+        if outgoing.attempt != self.attempt or self._error is not None:
             return
         if isinstance(outgoing, Failure):
             self.fail(outgoing.error)
             return
+        if outgoing.index == 0:
+            self._check_first(outgoing)
         if outgoing.index >= self._next:
             self._early.setdefault(outgoing.index, outgoing)
         while (emission := self._early.pop(self._next, None)) is not None:
@@ -43,6 +46,16 @@ class Inbox:
             self._next += 1
         if self._ready:
             self._wake.set()
+
+    def _check_first(self, emission: Emission) -> None:
+        """Decode that lost its prefill chooses the first token anew: where numerics differ, perhaps another.
+
+        What follows it would not follow what the client has. (Prefill's own, if late, is no contradiction.)
+        """
+        if self._first is None:
+            self._first = emission
+        elif emission.token != self._first.token and not (emission.served and emission.served.how == "remote"):
+            self.fail(WorkerLost(f"{emission.request}: the worker that spoke the first token was lost"))
 
     def fail(self, error: ServingError) -> None:
         """No more tokens will come; those that came are read first."""
@@ -53,6 +66,7 @@ class Inbox:
         """Another attempt, of which nothing was heard yet."""
         assert self._next == 0, "a client has tokens of this attempt"
         self.attempt += 1
+        self._first = None
         self._early.clear()
         self._error = None
         self._wake.clear()

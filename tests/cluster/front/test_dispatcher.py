@@ -1,0 +1,521 @@
+"""The dispatcher with real workers and a real scheduler, and no Ray: text, stops, retries, and what a hang-up frees."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.front.dispatcher import Dispatcher, FrontIdentity
+from cluster.front.service import Ask, Delta
+from cluster.front.tokenizer import TextModel
+from cluster.scheduler.costs import Policy, RequestShape, Rule
+from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
+from diptych.build import build_identity
+from diptych.errors import Internal, InvalidRequest, NoWorker, PromptTooLong, WorkerLost
+from diptych.hashing import KvIdentity
+from diptych.types import (
+    ClusterStatus,
+    FrontId,
+    ModelSource,
+    Placement,
+    Report,
+    Request,
+    RequestId,
+    Role,
+    SamplingParams,
+    WorkerId,
+    WorkerSpec,
+)
+from workers.engine_thread import Roles
+from workers.worker import Worker
+
+TINY = ModelSource(name="tiny", path="random:tiny", digest="abcdef0123456789")
+ROOT = KvIdentity(model_digest=TINY.digest, weight_format="fp32", kv_dtype="fp32").root()
+WAIT_SECONDS = 30.0
+PATIENCE_SECONDS = 0.3
+
+Hook = Callable[..., Coroutine[Any, Any, None]]
+
+
+class Port:
+    """A worker as a front sees it, through a wire that a test can tamper with."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.calls: Counter[str] = Counter()
+        self.before_submit: Hook | None = None
+        self.after_submit: Hook | None = None
+        self.owned: bool | None = None
+        self.cut = asyncio.Event()
+        self.cancelled: list[tuple[RequestId, int]] = []
+
+    async def submit(self, request: Request, attempt: int, placement: Placement) -> None:
+        self.calls["submit"] += 1
+        if self.before_submit:
+            await self.before_submit()
+        await self.worker.submit(request, attempt, placement)
+        if self.after_submit:
+            await self.after_submit()
+
+    async def cancel(self, request: RequestId, attempt: int) -> None:
+        self.cancelled.append((request, attempt))
+        await self.worker.cancel(request, attempt)
+
+    async def owns(self, request: RequestId, attempt: int) -> bool:
+        self.calls["owns"] += 1
+        return self.worker.owns(request, attempt) if self.owned is None else self.owned
+
+    async def outbox(self, front: FrontId) -> AsyncIterator[Any]:
+        stream = self.worker.outbox(front)
+        cut = asyncio.ensure_future(self.cut.wait())
+        while True:
+            following = asyncio.ensure_future(anext(stream, None))
+            await asyncio.wait({following, cut}, return_when=asyncio.FIRST_COMPLETED)
+            if cut.done():
+                following.cancel()
+                raise WorkerLost(f"{self.worker.spec.id} died")
+            items = following.result()
+            if items is None:
+                cut.cancel()
+                return
+            yield items
+
+
+class Peer:
+    """A worker as another one sees it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+
+class SchedulerHere:
+    """A scheduler in this process, with this process's clock."""
+
+    def __init__(self, how: Rule) -> None:
+        spec = SchedulerSpec(model=TINY, build=build_identity(), policy=Policy(how=how), stale_seconds=WAIT_SECONDS)
+        self.it = Scheduler(spec)
+
+    async def place(self, shape: RequestShape) -> Placement:
+        return self.it.place(shape, time.monotonic())
+
+    async def status(self) -> ClusterStatus:
+        return self.it.status(time.monotonic())
+
+    async def report(self, report: Report) -> bool:
+        return self.it.report(report, time.monotonic())
+
+
+class House:
+    """Workers by name, the dispatcher before them, and the ports between."""
+
+    def __init__(self, how: Rule, text: TextModel) -> None:
+        self.scheduler = SchedulerHere(how)
+        self.text = text
+        identity = FrontIdentity(id=FrontId("front"), model="tiny", root=ROOT, patience_seconds=PATIENCE_SECONDS)
+        self.dispatcher = Dispatcher(identity, text, self.scheduler)
+        self.workers: dict[str, Worker] = {}
+        self.ports: dict[str, Port] = {}
+
+    async def start(self, **roles: Role) -> None:
+        self.workers = {name: Worker(_spec(name, role)) for name, role in roles.items()}
+        infos = await asyncio.gather(*(worker.start() for worker in self.workers.values()))
+        self.ports = {name: Port(worker) for name, worker in self.workers.items()}
+        for info, worker in zip(infos, self.workers.values(), strict=True):
+            self.scheduler.it.join(info, time.monotonic())
+            worker.report_to(self.scheduler.report)
+            worker.meet({WorkerId(name): Peer(other) for name, other in self.workers.items() if other is not worker})
+        await self.meet(*self.workers)
+
+    async def meet(self, *names: str) -> None:
+        await self.dispatcher.meet({WorkerId(name): (self.workers[name].info, self.ports[name]) for name in names})
+
+    def ask(self, answer: str = "", *, id: str = "r", prompt: str = "hello", **values: Any) -> Ask:  # noqa: A002
+        """With an `answer` the workers are made to say it."""
+        stop = values.pop("stop", ())
+        forced = tuple(self.text.encode(answer)) if answer else ()
+        given = {"max_tokens": len(forced) or 8, "temperature": 0.0, "forced": forced, **values}
+        return Ask(id=RequestId(id), tokens=tuple(self.text.encode(prompt)), params=SamplingParams(**given), stop=stop)
+
+    async def said(self, ask: Ask) -> list[Delta]:
+        return [delta async for delta in self.dispatcher.generate(ask)]
+
+    async def text_of(self, ask: Ask) -> str:
+        return "".join(delta.text for delta in await self.said(ask))
+
+    async def until(self, name: str, is_so: Callable[[Roles], bool]) -> None:
+        loop, worker = asyncio.get_running_loop(), self.workers[name]
+        while True:
+            seen: asyncio.Future[bool] = loop.create_future()
+
+            def look(seen: asyncio.Future[bool] = seen) -> None:
+                loop.call_soon_threadsafe(seen.set_result, is_so(worker._roles))
+
+            worker._engine.post(look)
+            if await seen:
+                return
+            await asyncio.sleep(0.002)
+
+    async def free(self) -> None:
+        """Until no worker holds a block."""
+        for name in self.workers:
+            await self.until(name, lambda roles: not roles.engine.pool.owners())
+
+    async def stop(self) -> None:
+        await self.dispatcher.close()
+        await asyncio.gather(*(worker.stop() for worker in self.workers.values()))
+
+
+def _spec(name: str, role: Role) -> WorkerSpec:
+    return WorkerSpec(
+        id=WorkerId(name),
+        role=role,
+        epoch=0,
+        model=TINY,
+        dtype="fp32",
+        block_size=16,
+        memory_bytes=256 * 8192,
+        max_batch_tokens=256,
+        max_running=16,
+        threads=1,
+        device="cpu",
+        host="127.0.0.1",
+        link="gloo",
+        verify="all",
+        secret=b"s",
+        lease_seconds=10.0,
+        cache="",
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def house(byte_text: TextModel) -> Callable[..., Any]:
+    """(how, name=role, …) → an async context with a `House`; at its end no worker holds a block."""
+
+    @asynccontextmanager
+    async def make(how: Rule = "remote", **roles: Role) -> AsyncIterator[House]:
+        built = House(how, byte_text)
+        await built.start(**(roles or {"p": "prefill", "d": "decode"}))
+        try:
+            yield built
+            await built.free()
+        finally:
+            await built.stop()
+
+    return make
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(work, WAIT_SECONDS)
+
+    asyncio.run(bounded())
+
+
+House_ = Callable[..., Any]
+
+
+def test_an_answer_streams_whole_characters_and_ends_with_its_usage(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            answer = "Grüß Gott, 日本 🙂!"
+            deltas = await here.said(here.ask(answer))
+            assert "".join(delta.text for delta in deltas) == answer
+            assert all("\ufffd" not in delta.text for delta in deltas)
+            assert [token for delta in deltas for token in delta.tokens] == here.text.encode(answer)
+            assert [delta.finish for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+            usage = deltas[-1].usage
+            assert usage is not None
+            assert (deltas[-1].finish, usage.prompt_tokens) == ("length", 5)
+            assert usage.completion_tokens == len(answer.encode())
+            assert (usage.served.how, usage.served.prefill_worker, usage.served.decode_worker) == ("remote", "p", "d")
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "shown"),
+    [
+        ("abcSTOPxyz", ("STOP",), "abc"),
+        ("STOPxyz", ("STOP",), ""),
+        ("abcSTxyz", ("STOP",), None),
+        ("abcST", ("STOP",), None),
+        ("aabaabaac", ("aabaac",), "aab"),
+        ("one two three", ("three", "two"), "one "),
+        ("x" * 40 + "é" + "yz", ("éy",), "x" * 40),
+    ],
+)
+def test_no_part_of_a_stop_string_is_ever_shown(
+    house: House_, answer: str, stop: tuple[str, ...], shown: str | None
+) -> None:
+    async def test() -> None:
+        async with house() as here:
+            deltas = await here.said(here.ask(answer, stop=stop))
+            assert "".join(delta.text for delta in deltas) == (answer if shown is None else shown)
+            assert deltas[-1].finish == ("length" if shown is None else "stop")
+            usage = deltas[-1].usage
+            assert usage is not None
+            if shown is not None:
+                stopped_at = len(shown.encode()) + min(len(each.encode()) for each in stop if each in answer)
+                assert usage.completion_tokens == stopped_at
+
+    run(test())
+
+
+def test_a_found_stop_string_ends_the_request_at_its_worker(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            ask = here.ask("abcSTOP", stop=("STOP",), max_tokens=200)
+            assert await here.text_of(ask) == "abc"
+            await here.until("d", lambda roles: roles.decode.counters.cancelled == 1)
+            assert here.ports["d"].cancelled == [(ask.id, 0)]
+
+    run(test())
+
+
+def test_an_answer_that_ended_by_itself_is_not_cancelled(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            await here.said(here.ask("done"))
+            await here.said(here.ask("x", id="r2"))  # at its first token
+            assert here.ports["d"].cancelled == []
+
+    run(test())
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_client_that_hangs_up_frees_the_blocks_on_both_sides(house: House_, after: int) -> None:
+    async def test() -> None:
+        async with house() as here:
+            stream = here.dispatcher.generate(here.ask(prompt="a" * 100, max_tokens=1500))
+            if after:
+                for _ in range(after):
+                    await anext(stream)
+                await stream.aclose()
+            else:
+                first = asyncio.ensure_future(anext(stream))
+                await here.until("d", lambda roles: bool(roles.decode._answers))
+                first.cancel()
+                await asyncio.wait({first})
+            await here.until("d", lambda roles: roles.decode.counters.cancelled == 1)
+            await here.free()
+
+    run(test())
+
+
+def test_a_worker_lost_before_the_first_token_costs_a_pause(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode", e="decode") as here:
+            expected = await here.text_of(here.ask(id="clean", max_tokens=20))
+            chosen: list[Port] = []
+
+            def dies(port: Port) -> Hook:
+                async def lost() -> None:
+                    chosen.append(port)
+                    for each in here.ports.values():
+                        each.before_submit = None
+                    port.cut.set()
+                    raise WorkerLost("it died")
+
+                return lost
+
+            for port in here.ports.values():
+                port.before_submit = dies(port)
+            assert await here.text_of(here.ask(max_tokens=20)) == expected
+            (dead,) = chosen
+            (other,) = (port for port in here.ports.values() if port is not dead)
+            assert other.calls["submit"] >= 1
+
+    run(test())
+
+
+def test_a_worker_that_dies_with_the_request_in_its_queue_costs_a_pause(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode", e="decode") as here:
+            expected = await here.text_of(here.ask(id="clean", max_tokens=20))
+            for port in here.ports.values():
+                submit = port.worker.submit
+
+                async def never_done(*_: Any, port: Port = port, submit: Any = submit) -> None:
+                    for each in here.ports.values():
+                        each.worker.submit = type(each.worker).submit.__get__(each.worker)
+                    port.cut.set()  # nothing of it is heard any more
+
+                port.worker.submit = never_done
+            assert await here.text_of(here.ask(max_tokens=20)) == expected
+
+    run(test())
+
+
+def test_a_worker_lost_after_the_first_token_is_said(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            stream = here.dispatcher.generate(here.ask(max_tokens=1500))
+            await anext(stream)
+            here.ports["d"].cut.set()
+            with pytest.raises(WorkerLost, match="d was lost while it answered r"):
+                async for _ in stream:
+                    pass
+
+    run(test())
+
+
+def test_a_prefill_worker_that_is_lost_is_decodes_to_save(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            stream = here.dispatcher.generate(here.ask("abcdefghij"))
+            first = await anext(stream)
+            here.ports["p"].cut.set()
+            rest = [delta.text async for delta in stream]
+            assert first.text + "".join(rest) == "abcdefghij"
+
+    run(test())
+
+
+@pytest.mark.parametrize("spoke", [False, True])
+def test_a_submission_whose_answer_was_lost_speaks_once(house: House_, spoke: bool) -> None:
+    async def test() -> None:
+        async with house() as here:
+            port = here.ports["d"]
+
+            async def lost() -> None:
+                port.after_submit = None
+                if spoke:
+                    await here.until("d", lambda roles: roles.decode.counters.finished == 1)
+                raise WorkerLost("did not answer")
+
+            port.after_submit = lost
+            ask = here.ask("abcdef")
+            assert await here.text_of(ask) == "abcdef"
+            assert port.calls["submit"] == (1 if spoke else 2)
+            assert port.cancelled == ([] if spoke else [(ask.id, 0)])
+
+    run(test())
+
+
+def test_a_silent_worker_is_asked_and_left_when_it_knows_nothing(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            port = here.ports["d"]
+            submit = port.worker.submit
+
+            async def swallow(*_: object) -> None:
+                port.worker.submit = submit
+
+            port.worker.submit = swallow
+            assert await here.text_of(here.ask("abcdef")) == "abcdef"
+            assert port.calls == {"submit": 2, "owns": 1}
+
+    run(test())
+
+
+def test_a_silent_worker_that_has_the_request_is_waited_for(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode") as here:
+            port = here.ports["d"]
+            asked = asyncio.Event()
+            submit, owns = port.worker.submit, port.owns
+            late: list[Any] = []
+
+            async def queue(*arguments: Any) -> None:
+                late.append(arguments)
+
+            async def owned(request: RequestId, attempt: int) -> bool:
+                await owns(request, attempt)
+                if port.calls["owns"] == 2:
+                    asked.set()
+                return True
+
+            port.worker.submit, port.owns = queue, owned
+            answer = asyncio.ensure_future(here.text_of(here.ask("abcdef")))
+            await asked.wait()
+            await submit(*late[0])
+            assert await answer == "abcdef"
+            assert len(late) == 1
+
+    run(test())
+
+
+def test_a_worker_that_is_not_heard_any_more_is_not_asked_either(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            here.ports["d"].cut.set()
+            while here.dispatcher.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            with pytest.raises(WorkerLost, match="d is gone"):
+                await here.said(here.ask("abc"))
+            here.ports["d"] = Port(here.workers["d"])
+            await here.meet("p", "d")
+            assert await here.text_of(here.ask("abc")) == "abc"
+
+    run(test())
+
+
+def test_what_a_worker_refuses_or_fails_at_reaches_the_client(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            with pytest.raises(PromptTooLong):
+                await here.said(here.ask(max_tokens=5000))
+            stream = here.dispatcher.generate(here.ask(id="poisoned", prompt="a" * 40, max_tokens=1500))
+            await anext(stream)
+
+            def poison(roles: Roles) -> bool:
+                if not roles.engine.batcher.running:
+                    return False
+                roles.engine.arena[roles.engine.batcher.running[0].blocks] = float("nan")
+                return True
+
+            await here.until("d", poison)
+            with pytest.raises(Internal, match="not finite"):
+                async for _ in stream:
+                    pass
+
+    run(test())
+
+
+def test_two_requests_of_one_id_do_not_mix(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            stream = here.dispatcher.generate(here.ask("abcdef"))
+            first = await anext(stream)
+            with pytest.raises(InvalidRequest, match="its own id"):
+                await here.said(here.ask("ghi"))
+            assert first.text + "".join([delta.text async for delta in stream]) == "abcdef"
+
+    run(test())
+
+
+def test_without_a_worker_the_client_hears_it(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            await here.meet()
+            assert not here.dispatcher.ready
+            here.scheduler.it.leave(WorkerId("d"), 0)
+            with pytest.raises(NoWorker):
+                await here.said(here.ask())
+
+    run(test())
+
+
+def test_many_at_once_each_get_their_own(house: House_) -> None:
+    async def test() -> None:
+        async with house("auto", p="prefill", d="decode", m="mixed") as here:
+            answers = [f"answer number {number} " * (1 + number % 3) for number in range(24)]
+            asks = [here.ask(answer, id=f"r{at}", prompt=f"question {at}") for at, answer in enumerate(answers)]
+            assert await asyncio.gather(*map(here.text_of, asks)) == answers
+
+    run(test())
