@@ -37,6 +37,23 @@ CHECKS = [
     negative_data_rejection,
 ]
 DOCUMENT = document()
+IN_RANGE: dict[str, Any] = {
+    "allowed_token_ids": [97, 98],
+    "bad_words": ["zz"],
+    "frequency_penalty": 0.5,
+    "logit_bias": {"97": 1.5},
+    "logprobs": 2,
+    "min_p": 0.1,
+    "min_tokens": 1,
+    "presence_penalty": -0.5,
+    "prompt_logprobs": 1,
+    "repetition_penalty": 1.2,
+    "stop_token_ids": [9],
+    "temperature": 0.5,
+    "top_logprobs": 3,
+    "top_p": 0.9,
+}
+"""The document gives types; which values the model takes, the front says when they come."""
 WITH_BODY = [key for key, operation in OPERATIONS.items() if operation.bodies or operation.parameters]
 ALONE = [key for key in OPERATIONS if key not in WITH_BODY]
 
@@ -52,6 +69,11 @@ def steered(case: schemathesis.Case) -> schemathesis.Case:
         for name in ("max_tokens", "max_completion_tokens"):
             if type(body.get(name)) is int and body[name] > 100:
                 body[name] = 100
+        if body.get("prompt") == "":
+            body["prompt"] = "a"
+        for name, served in IN_RANGE.items():
+            if isinstance(body.get(name), list | dict) or type(body.get(name)) in (int, float):
+                body[name] = served
     return case
 
 
