@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 import kernels
-from kernels.reference.sampling import HEAD
+from kernels.reference.sampling import HEAD, highest
 
 SETTINGS = (
     {},
@@ -106,6 +106,18 @@ def test_what_has_no_probability_is_never_drawn() -> None:
     for setting in SETTINGS[:1] + SETTINGS[6:10]:
         assert set(kernels.sample_tokens(logits, sampling(ends, **setting)).tolist()) <= {5, 600}
     assert kernels.sample_tokens(logits, sampling(ends)).tolist() == [5, 600, 600]
+
+
+@pytest.mark.parametrize("vocabulary", [7, 4096, 16_384, 20_011])
+@pytest.mark.parametrize("step", [0.0, 1e-3, 0.5, 10.0], ids=["no ties", "few", "many", "nearly all"])
+def test_the_highest_are_those_of_a_stable_sort(vocabulary: int, step: float) -> None:
+    values = randomly(9, vocabulary, scale=3, seed=4)
+    values = (values / step).round() * step if step else values
+    values[3, vocabulary // 3 :] = -torch.inf
+    values[4] = -values[4].abs()
+    for count in (0, 1, 5, 20, HEAD, vocabulary):
+        order = values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        assert torch.equal(highest(values, min(count, vocabulary)), order)
 
 
 @pytest.mark.parametrize("vocabulary", [5, HEAD, HEAD + 1, 1003, 20011])
