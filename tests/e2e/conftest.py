@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
 TREE = Path(__file__).resolve().parents[2]
 MARK = "E2E_CLUSTER"
 """Inherited by every process that a cluster starts, so that none can hide."""
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 START_SECONDS = 120
 END_SECONDS = 15
-WAIT_SECONDS = 60
+WAIT_SECONDS = 180
 STATUS_CACHE_SECONDS = 0.5
 
 
@@ -127,7 +131,7 @@ class Cluster:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that it started, directly or not, and that still runs."""
-        return [process for process in psutil.process_iter() if has_mark(process, self.mark)]
+        return marked(self.mark)
 
     def folders(self) -> list[Path]:
         """Ray's folders, as its processes were told."""
@@ -172,6 +176,15 @@ def has_mark(process: psutil.Process, mark: str) -> bool:
         return False  # gone meanwhile, or the kernel's
 
 
+def marked(mark: str) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if has_mark(process, mark)]
+
+
+def kill_all(mark: str) -> None:
+    for process in marked(mark):
+        process.kill()
+
+
 def accepts(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with socket.socket() as probe:
@@ -179,6 +192,11 @@ def accepts(address: str) -> bool:
 
 
 # ---- starting ---------------------------------------------------------------------------------------
+
+
+def end_with_us() -> None:
+    """In the child: it is asked to end when the tests are killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def environment(mark: str) -> dict[str, str]:
@@ -200,15 +218,16 @@ def start(log: Path, *arguments: str) -> Cluster:
             stderr=stderr,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_us,
         )
-    watchdog = threading.Timer(START_SECONDS, process.kill)
+    watchdog = threading.Timer(START_SECONDS, kill_all, [mark])
     watchdog.start()
     assert process.stdout is not None
     said = [process.stdout.readline() for _ in range(2)]
     watchdog.cancel()
     addresses = [re.search(r"127\.0\.0\.1:\d+", line) for line in said]
     if not all(addresses):
-        process.kill()
+        kill_all(mark)
         raise AssertionError(f"{command} did not start:\n{log.read_text()[-4000:]}")
     http, grpc = (address[0] for address in addresses if address)
     return Cluster(process, mark, log, http, grpc, time.monotonic() - began)
@@ -223,8 +242,7 @@ def running(log: Path, *arguments: str) -> Iterator[Cluster]:
         if cluster.process.poll() is None:
             cluster.end()
     finally:
-        for process in cluster.processes():  # only when `end` failed or was never reached
-            process.kill()
+        kill_all(cluster.mark)  # only when `end` failed or was never reached
         cluster.process.wait(END_SECONDS)
         cluster.client.close()
         assert cluster.process.stdout is not None

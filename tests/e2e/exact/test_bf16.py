@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.e2e
 
-TOKENS = 64
+TOKENS = 32
 Choices = list[tuple[int, ...]]
 
 
