@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from diptych.types import BlockHash, BlockId, Evicted, KvEvent, Stored
 from workers.engine.blocks import BlockPool
@@ -116,7 +117,12 @@ class Histories(RuleBasedStateMachine):
         assert self.pool.available == SIZE, "leaked"
 
 
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(
-    max_examples=5000, stateful_step_count=10, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+def _settings(histories: int) -> settings:
+    return settings(
+        max_examples=histories, stateful_step_count=10, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+
+@pytest.mark.parametrize("histories", [1_500, pytest.param(5_000, marks=pytest.mark.full)])
+def test_any_history_leaves_every_block_in_one_place(histories: int) -> None:
+    run_state_machine_as_test(Histories, settings=_settings(histories))  # pyright: ignore[reportUnknownMemberType]
