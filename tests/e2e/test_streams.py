@@ -96,6 +96,7 @@ def test_sixty_four_streams_complete_and_none_starves(tiny: Cluster) -> None:
     assert [tuple(tokens[:ALONE_TOKENS]) for tokens in answers] == alone
 
 
+@pytest.mark.full
 def test_sixty_four_streams_of_the_real_model_complete(served: Cluster) -> None:
     wanted = asks(random.Random(6), range(1000, 40000), 64, range(4, 48))
     before = served.at_rest()

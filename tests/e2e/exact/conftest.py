@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from workers.worker import Worker
 
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 64
 WAIT_SECONDS = 120
 ME, FRONT = WorkerId("lone-0"), FrontId("test")
 ROOT = KvIdentity(model_digest="any", weight_format="any", kv_dtype="any").root()
@@ -192,5 +192,5 @@ def fp32(default_model: ModelSource) -> Iterator[Lone]:
 
 @pytest.fixture(scope="session")
 def reference(fp32: Lone, prompts: list[tuple[int, ...]]) -> list[Said]:
-    """The first tokens of the answer to each prompt, fp32, computed in one place in one batch."""
+    """Sixty-four tokens to each prompt, fp32, computed in one place in one batch."""
     return fp32.answers(prompts, ANSWER_TOKENS)

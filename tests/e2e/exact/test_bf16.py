@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Cluster
     from tests.e2e.exact.conftest import Hold, Lone, Said
 
-pytestmark = [pytest.mark.e2e, pytest.mark.full]
+pytestmark = pytest.mark.e2e
 
-TOKENS = 32
+TOKENS = 64
 Choices = list[tuple[int, ...]]
 
 
