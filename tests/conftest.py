@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,10 @@ else:
     # How long an example takes says more of the machine than of the code.
     settings.register_profile("diptych", deadline=None)
     settings.load_profile("diptych")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A job in the background ignores Ctrl-C, and so would every program that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LATE = ("slow", "e2e", "gpu")
 
