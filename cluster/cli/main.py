@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "serve": Subcommand("cluster.cli.serve", "Start a cluster and serve a model."),
     "ask": Subcommand("cluster.cli.ask", "One streamed answer over gRPC."),
     "status": Subcommand("cluster.cli.status", "Workers, roles, blocks, queues and hit rates."),
+    "stop": Subcommand("cluster.cli.stop", "End a detached cluster."),
     "pull": Subcommand("cluster.cli.pull", "Fetch a model and say where it lies."),
     "config": Subcommand("cluster.cli.config", "The whole effective configuration and where it came from."),
 }

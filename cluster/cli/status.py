@@ -9,6 +9,7 @@ from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli.by_name import status_of_name, takes_name
 from cluster.cli.calling import EXIT_CODES, exit_codes, takes_grpc
 from diptych.client import Client
 from diptych.v1.admin_pb2 import Role
@@ -37,8 +38,9 @@ _COLUMNS: Final = (
 
 @click.command(short_help="Workers, roles, blocks, queues and hit rates.", epilog=EXIT_CODES)
 @takes_grpc
+@takes_name
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-def status(target: str, as_json: bool) -> None:
+def status(target: str, name: str | None, as_json: bool) -> None:
     """Show the cluster's workers: what they run, hold and found in their caches.
 
     free … lent are KV blocks by state. hit rate is the share of prompt tokens found cached, occupancy the mean number
@@ -48,8 +50,8 @@ def status(target: str, as_json: bool) -> None:
     Example:
       diptych status
     """
-    with exit_codes(), Client(target, timeout_seconds=10) as client:
-        cluster = client.status()
+    with exit_codes():
+        cluster = status_of_name(name) if name else _status_at(target)
     if as_json:
         click.echo(MessageToJson(cluster, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
@@ -57,6 +59,11 @@ def status(target: str, as_json: bool) -> None:
     # A pipe has no width; a table cut to 80 columns would lose what was asked for.
     console = console if console.is_terminal else Console(width=200)
     console.print(_table(cluster), _summary(cluster), sep="\n", highlight=False)
+
+
+def _status_at(target: str) -> GetStatusResponse:
+    with Client(target, timeout_seconds=10) as client:
+        return client.status()
 
 
 def _summary(cluster: GetStatusResponse) -> str:
