@@ -144,6 +144,7 @@ async def _unless(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     finally:
         working.cancel()
         stop.cancel()
+        await asyncio.wait({working, stop}, timeout=_GRACE_SECONDS)  # it may have something to undo
 
 
 def _announce(config: Config, session: RaySession, fronts: Iterable[Ports]) -> None:

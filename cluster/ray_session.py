@@ -85,6 +85,8 @@ def open_ray(address: str | None, *, debug: bool = False) -> RaySession:
     try:
         ray.init(**options)  # pyright: ignore[reportUnknownMemberType]
     except (RuntimeError, ConnectionError, ValueError) as error:
+        if folder:
+            folder.remove()
         raise RayUnusable(f"Ray {ray.__version__} at {address or 'of our own'}: {error}") from error
     return _describe(address or "", folder)
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
 
-_PATIENCES = 2
-"""A stuck scheduler is noticed after 1.5 times the patience, and its successor is up in seconds."""
+_PATIENCES = 3
+"""A stuck scheduler is noticed after twice the patience, and its successor is up in seconds."""
 T = TypeVar("T")
 
 
@@ -60,7 +60,7 @@ class FrontActor:
     def __init__(self, spec: FrontSpec) -> None:
         self._spec = spec
         self._dispatcher: Dispatcher | None = None
-        self._scheduler: _RayScheduler | None = None
+        self._scheduler: SchedulerCalls | None = None
         self._http: HttpServer | None = None
         self._grpc: grpc.aio.Server | None = None
 
@@ -70,7 +70,7 @@ class FrontActor:
         from cluster.front.tokenizer import TextModel
 
         text = await asyncio.to_thread(TextModel.load, self._spec.model)
-        self._scheduler = _RayScheduler(scheduler, _PATIENCES * self._spec.identity.patience_seconds)
+        self._scheduler = SchedulerCalls(scheduler, _PATIENCES * self._spec.identity.patience_seconds)
         self._dispatcher = Dispatcher(self._spec.identity, text, self._scheduler)
         return os.getpid()
 
@@ -134,7 +134,7 @@ class _RayWorker:
             yield await answer(items, self._who)
 
 
-class _RayScheduler:
+class SchedulerCalls:
     """cluster.front.dispatcher.SchedulerPort over a handle that may be replaced while calls wait."""
 
     def __init__(self, handle: Any, timeout_seconds: float) -> None:  # noqa: ANN401

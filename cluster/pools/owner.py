@@ -41,7 +41,7 @@ class OwnerActor:
         self._config = config
         self._site = site
         self._since = time.time()
-        self._news: asyncio.Queue[str | BaseException | tuple[Ports, ...]] = asyncio.Queue()
+        self._news: asyncio.Queue[str | Exception | tuple[Ports, ...]] = asyncio.Queue()
         self._ports: tuple[Ports, ...] = ()
         self._pools: Pools | None = None
         self._life: asyncio.Task[None] | None = None
@@ -52,7 +52,7 @@ class OwnerActor:
         self._life = asyncio.ensure_future(self._live(self._pools))
         while True:
             news = await self._news.get()
-            if isinstance(news, BaseException):
+            if isinstance(news, Exception):
                 raise news
             yield news
             if not isinstance(news, str):
@@ -88,9 +88,9 @@ class OwnerActor:
     async def _live(self, pools: Pools) -> None:
         try:
             self._ports = await pools.start()
-        except BaseException as error:
+        except Exception as error:
             self._news.put_nowait(error)  # the launcher hears it and ends us
-            raise
+            return
         self._news.put_nowait(self._ports)
         why = await pools.wait_broken()
         self._say(f"ends: {why}")

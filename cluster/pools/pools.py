@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from cluster.config import Config
-from cluster.config.values import Address
 from cluster.front.actor import Ports
 from cluster.pools.members import Site, device_of, first_members, front_addresses
+from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
 from cluster.pools.room import wait_room
-from cluster.pools.watch import Deaths, wait_end
-from diptych.errors import ServingError
-from diptych.types import ClusterStatus, FrontId, WorkerId, WorkerInfo, WorkerSpec
+from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
+from diptych.errors import Internal, ServingError
+from diptych.types import ClusterStatus, WorkerId, WorkerInfo
 from workers.actors import answer
 
 _START_SECONDS = 600.0
@@ -31,35 +31,6 @@ _START_SECONDS = 600.0
 _CALL_SECONDS = 30.0
 _END_SECONDS = 2.0
 """How long killed processes may take to be gone."""
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    spec: WorkerSpec
-    handle: Any
-    info: WorkerInfo | None = None
-    """None while it isn't up."""
-    deaths: Deaths = field(default_factory=Deaths)
-    lost: bool = False
-    """It died too often and does not come back."""
-
-
-@dataclass(slots=True, eq=False)
-class _Front:
-    number: int
-    http: Address
-    grpc: Address
-    handle: Any = None
-    pid: int | None = None
-    incarnation: int = 0
-    prepared: bool = False
-    deaths: Deaths = field(default_factory=Deaths)
-    lost: bool = False
-
-    @property
-    def id(self) -> FrontId:
-        """Another one for each process: workers must not mistake a new front for the one that died."""
-        return FrontId(f"front-{self.number}" + (f".{self.incarnation}" if self.incarnation else ""))
 
 
 class Pools:
@@ -72,8 +43,8 @@ class Pools:
         self._say = say
         self._make = Processes(config, site)
         self._patience_seconds = config.kv.lease_seconds
-        self._workers: dict[WorkerId, _Worker] = {}
-        self._fronts: list[_Front] = []
+        self._workers: dict[WorkerId, WorkerPart] = {}
+        self._fronts: list[FrontPart] = []
         self._scheduler: Any = None
         self._scheduler_deaths = Deaths()
         self._watches: set[asyncio.Task[None]] = set()
@@ -86,20 +57,26 @@ class Pools:
         self._say(f"starting {kinds}: {device_of(self._config, self._site)}, {specs[0].threads} thread(s) each")
         self._scheduler = self._make.scheduler()
         addresses = front_addresses(self._config)
-        self._fronts = [_Front(number, http, grpc) for number, (http, grpc) in enumerate(addresses)]
-        self._workers = {spec.id: _Worker(spec, self._make.worker(spec)) for spec in specs}
-        async with asyncio.timeout(_START_SECONDS):
-            starts = [self._start_worker(worker) for worker in self._workers.values()]
-            await asyncio.gather(*(self._prepare_front(front) for front in self._fronts), *starts)
-            await self._introduce()
-            await asyncio.gather(*(self._join(worker) for worker in self._workers.values()))
-            ports = await asyncio.gather(*(self._open_front(front) for front in self._fronts))
+        self._fronts = [FrontPart(number, http, grpc) for number, (http, grpc) in enumerate(addresses)]
+        self._workers = {spec.id: WorkerPart(spec, self._make.worker(spec)) for spec in specs}
+        try:
+            ports = await asyncio.wait_for(self._start_all(), _START_SECONDS)
+        except TimeoutError:
+            missing = ", ".join(who for who, worker in self._workers.items() if not worker.info) or "a front"
+            raise Internal(f"{missing} did not come up within {_START_SECONDS:g} s") from None
         self._watch(self._keep_scheduler())
         for worker in self._workers.values():
             self._watch(self._keep_worker(worker))
         for front in self._fronts:
             self._watch(self._keep_front(front))
-        return tuple(ports)
+        return ports
+
+    async def _start_all(self) -> tuple[Ports, ...]:
+        starts = [self._start_worker(worker) for worker in self._workers.values()]
+        await asyncio.gather(*(self._prepare_front(front) for front in self._fronts), *starts)
+        await self._introduce()
+        await asyncio.gather(*(self._join(worker) for worker in self._workers.values()))
+        return tuple(await asyncio.gather(*(self._open_front(front) for front in self._fronts)))
 
     async def wait_broken(self) -> str:
         """Until the cluster can't answer any more and won't by itself; says why."""
@@ -119,12 +96,12 @@ class Pools:
         stops = [worker.handle.stop.remote(grace) for worker in self._workers.values() if worker.info]
         await self._all_bounded(stops, "a worker", grace + 1)
         handles = [self._scheduler, *(part.handle for part in [*self._fronts, *self._workers.values()])]
-        ends = [_end(handle) for handle in handles if handle is not None]
-        await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=_END_SECONDS)
+        ends = [self._bounded(end(handle), "a process", _END_SECONDS) for handle in handles if handle is not None]
+        await asyncio.gather(*ends)
 
     # ---- workers ------------------------------------------------------------------------------------------
 
-    async def _start_worker(self, worker: _Worker) -> None:
+    async def _start_worker(self, worker: WorkerPart) -> None:
         await wait_room(worker.handle, worker.spec.id, self._make.needs(worker.spec), self._room_seconds, self._say)
         info: WorkerInfo = await answer(worker.handle.start.remote(), worker.spec.id)
         worker.info = info
@@ -132,16 +109,18 @@ class Pools:
         tokens = info.blocks * info.layout.block_size
         self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype})")
 
-    async def _join(self, worker: _Worker) -> None:
+    async def _join(self, worker: WorkerPart) -> None:
         """Requests are placed on it from now on: everyone knows it already."""
         await answer(self._scheduler.join.remote(worker.info), "the scheduler")
         await answer(worker.handle.report_to.remote(self._scheduler), worker.spec.id)
 
-    async def _keep_worker(self, worker: _Worker) -> None:
+    async def _keep_worker(self, worker: WorkerPart) -> None:
         """Its life and its next lives."""
         while worker.info is not None:
             pid = None if self._site.joined else worker.info.pid
-            how = await wait_end(worker.handle, worker.spec.id, _silence_of(worker), self._patience_seconds, pid)
+            how = await wait_end(
+                worker.handle, worker.spec.id, silence_of(worker.handle, worker.spec.id), self._patience_seconds, pid
+            )
             self._say(f"{worker.spec.id} {how}")
             worker.info = None
             leave = self._scheduler.leave.remote(worker.spec.id, worker.spec.epoch)
@@ -149,7 +128,7 @@ class Pools:
             await self._reintroduce()
             await self._replace_worker(worker)
 
-    async def _replace_worker(self, worker: _Worker) -> None:
+    async def _replace_worker(self, worker: WorkerPart) -> None:
         while worker.info is None:
             worker.deaths.add(time.monotonic())
             if worker.deaths.too_many:
@@ -174,20 +153,20 @@ class Pools:
 
     # ---- fronts -------------------------------------------------------------------------------------------
 
-    async def _prepare_front(self, front: _Front) -> None:
+    async def _prepare_front(self, front: FrontPart) -> None:
         front.handle = self._make.front(front.id, front.http, front.grpc)
         front.pid = await answer(front.handle.prepare.remote(self._scheduler), front.id)
         front.prepared = True
 
-    async def _open_front(self, front: _Front) -> Ports:
+    async def _open_front(self, front: FrontPart) -> Ports:
         ports: Ports = await answer(front.handle.open.remote(), front.id)
         # Whoever replaces it listens where clients were told to look.
         front.http, front.grpc = front.http._replace(port=ports.http), front.grpc._replace(port=ports.grpc)
         return ports
 
-    async def _keep_front(self, front: _Front) -> None:
+    async def _keep_front(self, front: FrontPart) -> None:
         while front.prepared:
-            pulse = _pulse_of(front.handle, front.id)
+            pulse = pulse_of(front.handle, front.id)
             how = await wait_end(front.handle, front.id, pulse, self._patience_seconds, front.pid)
             front.prepared = False
             self._say(f"{front.id} {how}; its requests are cancelled")
@@ -195,7 +174,7 @@ class Pools:
             await self._all_bounded(leaves, "a worker", _CALL_SECONDS)
             await self._replace_front(front)
 
-    async def _replace_front(self, front: _Front) -> None:
+    async def _replace_front(self, front: FrontPart) -> None:
         while not front.prepared:
             front.deaths.add(time.monotonic())
             if front.deaths.too_many:
@@ -219,7 +198,7 @@ class Pools:
     async def _keep_scheduler(self) -> None:
         while True:
             who = "the scheduler"
-            how = await wait_end(self._scheduler, who, _pulse_of(self._scheduler, who), self._patience_seconds, None)
+            how = await wait_end(self._scheduler, who, pulse_of(self._scheduler, who), self._patience_seconds, None)
             self._say(f"{who} {how}; requests under way go on")
             self._scheduler_deaths.add(time.monotonic())
             if self._scheduler_deaths.too_many:
@@ -278,27 +257,3 @@ class Pools:
             await asyncio.wait_for(answer(call, who), seconds)
         except (ServingError, TimeoutError) as error:
             self._say(f"{who}: {error!r}")
-
-
-def _silence_of(worker: _Worker) -> Callable[[], Awaitable[float]]:
-    handle, who = worker.handle, worker.spec.id
-    return lambda: answer(handle.silent_seconds.remote(), who)
-
-
-def _pulse_of(handle: Any, who: str) -> Callable[[], Awaitable[float]]:  # noqa: ANN401
-    """For a process that only has an event loop: it is stuck when it doesn't answer."""
-
-    async def silent_seconds() -> float:
-        await answer(handle.__ray_ready__.remote(), who)
-        return 0.0
-
-    return silent_seconds
-
-
-async def _end(handle: Any) -> None:  # noqa: ANN401
-    dead = handle.wait_dead.remote()
-    ray.kill(handle)  # pyright: ignore[reportUnknownMemberType]
-    try:
-        await answer(dead, "a process")
-    except ServingError:
-        return

@@ -54,15 +54,19 @@ async def wait_end(
     given for a process on this machine.
     """
     dead = asyncio.ensure_future(answer(handle.wait_dead.remote(), who))
+    suspected = False
     try:
         while True:
             await asyncio.wait({dead}, timeout=patience_seconds / 2)
             if dead.done():
                 return _how(dead.exception())
-            if stuck := await _stuck(silent_seconds, patience_seconds):
+            stuck = await _stuck(silent_seconds, patience_seconds)
+            if stuck and suspected:
                 _kill(handle, pid)
                 await asyncio.wait({dead}, timeout=patience_seconds)
                 return f"{stuck} and was killed"
+            # Twice in a row: after the whole machine was paused, everyone was silent for long, once.
+            suspected = bool(stuck)
     finally:
         dead.cancel()
 
@@ -76,9 +80,32 @@ def _kill(handle: Any, pid: int | None) -> None:  # noqa: ANN401
         os.kill(pid, signal.SIGKILL)
 
 
+def silence_of(handle: Any, who: str) -> Callable[[], Awaitable[float]]:  # noqa: ANN401
+    """For a worker: its engine says how long it didn't come round."""
+    return lambda: answer(handle.silent_seconds.remote(), who)
+
+
+def pulse_of(handle: Any, who: str) -> Callable[[], Awaitable[float]]:  # noqa: ANN401
+    """For a process that only has an event loop: it is stuck when it doesn't answer."""
+
+    async def silent_seconds() -> float:
+        await answer(handle.__ray_ready__.remote(), who)
+        return 0.0
+
+    return silent_seconds
+
+
+async def end(handle: Any) -> None:  # noqa: ANN401
+    """Kill it; returns when it is dead."""
+    dead = handle.wait_dead.remote()
+    ray.kill(handle)  # pyright: ignore[reportUnknownMemberType]
+    with suppress(ServingError):
+        await answer(dead, "a process")
+
+
 async def _stuck(silent_seconds: Callable[[], Awaitable[float]], patience_seconds: float) -> str:
     try:
-        silent = await asyncio.wait_for(silent_seconds(), patience_seconds)
+        silent = await asyncio.wait_for(silent_seconds(), patience_seconds / 2)
     except TimeoutError:
         return f"did not answer for {patience_seconds:g} s"
     except ServingError:
