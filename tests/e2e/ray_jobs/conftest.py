@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +39,15 @@ WAIT_SECONDS = 120
 SERVE = ("serve", "--model", "random:tiny", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
 SMALL = ("--set", "engine.threads=1", "--set", "kv.memory=32MiB")
 NOT_OURS = ("__pycache__", ".venv", ".git", ".bench", ".clients", "*.egg-info", ".*_cache")
+
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_us() -> None:
+    """In the child: it is asked to end when the tests are killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Venv:
@@ -71,6 +82,7 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_us,
         )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -142,6 +154,7 @@ class Head:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=end_with_us,
             )
 
     # ---- where -------------------------------------------------------------------------------------
