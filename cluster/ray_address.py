@@ -98,7 +98,8 @@ def _meaning(address: str, error: grpc.Call, token: str, environ: Mapping[str, s
                 "`ray start --head`, correct the address, or unset RAY_ADDRESS to let diptych start its own"
             )
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
-            have = "the token given here is not its own" if token else "none is given here"
+            mode = environ.get("RAY_AUTH_MODE", "")
+            have = "the one given here is not its own" if token else f"RAY_AUTH_MODE={mode!r} sends none"
             return (
                 f"the Ray at {address} asks for a token and {have}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
                 "RAY_AUTH_TOKEN_PATH) as on its head node"
@@ -109,7 +110,7 @@ def _meaning(address: str, error: grpc.Call, token: str, environ: Mapping[str, s
 
 def _token(environ: Mapping[str, str]) -> str:
     """As Ray itself looks for it."""
-    if environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+    if environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return ""
     if token := environ.get("RAY_AUTH_TOKEN"):
         return token
