@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Cluster
     from tests.e2e.exact.conftest import Hold, Lone, Said
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 TOKENS = 64
 Choices = list[tuple[int, ...]]

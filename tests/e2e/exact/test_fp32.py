@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Answer, Cluster, Start
     from tests.e2e.exact.conftest import Said
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 TOKENS = 64
 FEW = 12
