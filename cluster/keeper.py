@@ -38,18 +38,19 @@ def keep(run: Callable[[], int]) -> int:
     keeper = os.getpid()
     launcher = os.fork()
     if launcher == 0:
+        # A signal to the whole group (Ctrl-C, timeout) must not end Ray before the cluster has stopped.
+        os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != keeper:  # it died before the line above
             os._exit(1)
         _exit_with(run)
-    # Ctrl-C reaches the launcher itself, which is in the same process group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def forward(number: int, _: FrameType | None) -> None:
         with suppress(ProcessLookupError):
             os.kill(launcher, number)
 
     signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
     status = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
     _end_orphans()
     return status if status >= 0 else 128 - status

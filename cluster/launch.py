@@ -1,50 +1,68 @@
 """`diptych serve`, behind the command line: Ray, the cluster, the signals, the end.
 
-The launcher is the driver: everything it started ends with it.
+The launcher is the driver: everything it started ends with it, but for what is detached.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.config import Config
+from cluster.config.values import Address
 from cluster.keeper import keep
 from cluster.models import resolve
 from cluster.models.cache import cache_folder
+from cluster.pools.members import Site, front_addresses
+from cluster.ray_address import RayUnusable, ray_address
+from cluster.ray_session import RaySession, open_ray, sweep
 from diptych import __version__
 from diptych.errors import ServingError
 from diptych.types import ModelSource
 
-_OBJECT_STORE_BYTES = 100 << 20
-"""Tokens and tickets are small; KV never passes through Ray's store."""
+if TYPE_CHECKING:
+    from cluster.front.actor import Ports
+
+T = TypeVar("T")
+_GRACE_SECONDS = 3
+_JOB_GRACE_SECONDS = 1
+"""`ray job stop` kills after 3 s, and stopping takes some of them."""
+_WILDCARDS = ("0.0.0.0", "::")
 
 
-def serve(config: Config) -> int:
-    """Runs until SIGTERM or SIGINT. The process's exit status."""
-    status = keep(lambda: _launch(config))
-    _sweep()
+class Stopped(Exception):
+    """A signal came first."""
+
+
+def serve(config: Config, *, detach: bool = False) -> int:
+    """Runs until SIGTERM or SIGINT, or with `detach` until the cluster is up. The process's exit status."""
+    status = keep(lambda: _launch(config, detach=detach))
+    sweep()
     return status
 
 
-def _launch(config: Config) -> int:
-    say = _narrator(time.monotonic())
+def _launch(config: Config, *, detach: bool) -> int:
+    say = narrator(time.monotonic())
     try:
-        _check_free(config)
+        address = ray_address()
+        if detach and address is None:
+            raise RayUnusable(
+                "--detach needs a Ray that outlives this command, and RAY_ADDRESS names none: start one with "
+                "`ray start --head` and set RAY_ADDRESS, or use `ray job submit`; without, let systemd or tmux keep "
+                "a plain `diptych serve`"
+            )
+        if not detach:  # a detached one of the same name is the better reason
+            _check_free(front_addresses(config))
         say(f"diptych {__version__}, model {config.model.name}")
         source = resolve(config.model.name, progress=say)
-        return asyncio.run(_serve(config, source, say))
+        return asyncio.run(_with_ray(config, address, source, say, detach=detach))
     except (ServingError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -52,120 +70,122 @@ def _launch(config: Config) -> int:
         return 130
 
 
-async def _serve(config: Config, source: ModelSource, say: Callable[[str], None]) -> int:
-    stop = asyncio.Event()
-    folder = _start_ray(config)
-    _on_signals(stop.set)  # after Ray, which sets its own
-    say("Ray is up" if folder else "joined the running Ray")
-    import ray
+async def _with_ray(
+    config: Config, address: str | None, source: ModelSource, say: Callable[[str], None], *, detach: bool
+) -> int:
+    session = open_ray(address, debug=config.log.level == "debug")
+    stopping = _on_signals()  # after Ray, which sets its own
+    say(f"joined the Ray at {session.address}" if session.joined else "Ray is up")
+    site = _site(session, source)
+    try:
+        return await (_detach if detach else _serve)(config, site, session, stopping, say)
+    except Stopped:
+        say("stopped while starting")
+        return 0
+    finally:
+        session.close()
+        say("left Ray" if session.joined else "stopped")
 
-    from cluster.pools.members import Site
+
+async def _serve(
+    config: Config, site: Site, session: RaySession, stopping: asyncio.Event, say: Callable[[str], None]
+) -> int:
     from cluster.pools.pools import Pools
 
-    site = Site(
-        model=source,
-        secret=secrets.token_bytes(32),
-        cache=str(cache_folder() / "weights"),
-        gpus=float(ray.cluster_resources().get("GPU", 0.0)),  # pyright: ignore
-        host="127.0.0.1" if folder else "",
-    )
     pools = Pools(config, site, say)
-    starting = asyncio.ensure_future(pools.start())
-    stopping = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if stopping.done():
-            say("stopped while starting")
-            return 0
-        ports = starting.result()
-        http, grpc = config.front.http_address.host, config.front.grpc_address.host
-        sys.stdout.write(f"OpenAI API  http://{http}:{ports.http}/v1\ngRPC        {grpc}:{ports.grpc}\n")
-        sys.stdout.flush()
-        broken = asyncio.ensure_future(pools.wait_broken())
-        await asyncio.wait({broken, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.done():
-            sys.stderr.write(f"error: {broken.result()}\n")
-            return 1
+        _announce(config, session, await _unless(stopping, pools.start()))
+        why = await _unless(stopping, pools.wait_broken())
+        sys.stderr.write(f"error: {why}\n")
+        return 1
+    except Stopped:
         say("stopping")
         return 0
     finally:
-        starting.cancel()
         await pools.stop()
-        _stop_ray(folder, say)
 
 
-def _start_ray(config: Config) -> Path | None:
-    """Joins the Ray that RAY_ADDRESS names, or starts one that ends with this process: its folder."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address.startswith("ray://"):
-        raise OSError(f"RAY_ADDRESS={address}: Ray Client can't hold a cluster; use HOST:PORT or `ray job submit`")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not address:
-        # Ray listens on all interfaces: without a token anyone could run code here.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    import ray
+async def _detach(
+    config: Config, site: Site, session: RaySession, stopping: asyncio.Event, say: Callable[[str], None]
+) -> int:
+    from cluster import detached
 
-    debug = config.log.level == "debug"
-    options: dict[str, Any] = {
-        "logging_level": logging.DEBUG if debug else logging.ERROR,
-        "log_to_driver": debug,
-    }
-    if address:
-        ray.init(address=address, **options)  # pyright: ignore
-        return None
-    # Ray keeps its sockets and logs there; the paths of sockets may have 107 bytes.
-    _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=f"diptych-{os.getpid()}-", dir="/tmp"))
-    ray.init(  # pyright: ignore
-        address="local",
-        num_cpus=0,  # Ray would start an idle Python for each, and our actors ask for none
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _temp_dir=str(folder),
-        **options,
+    detached.check_absent(config.cluster.name)
+    _check_free(front_addresses(config))
+    _announce(config, session, await _unless(stopping, detached.start(config, site, say)))
+    name = config.cluster.name
+    sys.stdout.write(f"detached    diptych status --name {name} · diptych stop --name {name}\n")
+    return 0
+
+
+def _site(session: RaySession, source: ModelSource) -> Site:
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return Site(
+        model=source,
+        secret=secrets.token_bytes(32),
+        cache=str(cache_folder() / "weights"),
+        cpus=session.cpus,
+        gpus=session.gpus,
+        host="" if session.joined else "127.0.0.1",
+        node=session.node,
+        joined=session.joined,
+        grace_seconds=_JOB_GRACE_SECONDS if in_job else _GRACE_SECONDS,
     )
-    return folder
 
 
-def _sweep() -> None:
-    """Folders of launchers that were killed with their keeper."""
-    for folder in Path("/tmp").glob("diptych-*-*"):
-        pid = folder.name.split("-")[1]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+async def _unless(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns or raises; Stopped when the signal comes first."""
+    working, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            raise Stopped
+        return working.result()
+    finally:
+        working.cancel()
+        stop.cancel()
+        await asyncio.wait({working, stop}, timeout=_GRACE_SECONDS)  # it may have something to undo
 
 
-def _stop_ray(folder: Path | None, say: Callable[[str], None]) -> None:
-    import ray
+def _announce(config: Config, session: RaySession, fronts: Iterable[Ports]) -> None:
+    """Where clients reach the cluster: for programs too, so on stdout."""
 
-    ray.shutdown()  # pyright: ignore[reportUnknownMemberType]
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    say("stopped")
+    def shown(address: Address, port: int) -> Address:
+        return Address(session.host if address.host in _WILDCARDS else address.host, port)
+
+    for ports in fronts:
+        http, grpc = shown(config.front.http_address, ports.http), shown(config.front.grpc_address, ports.grpc)
+        sys.stdout.write(f"OpenAI API  http://{http}/v1\ngRPC        {grpc}\n")
+    sys.stdout.flush()
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
+def _on_signals() -> asyncio.Event:
     """Once to stop in order; what comes on top (make forwards a second SIGTERM) changes nothing."""
-    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
 
 
-def _check_free(config: Config) -> None:
+def _check_free(addresses: Iterable[tuple[Address, Address]]) -> None:
     """Before anything is started: a taken port is the commonest mistake."""
-    for what, address in (("http", config.front.http_address), ("grpc", config.front.grpc_address)):
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address.host, address.port))
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise OSError(f"can't listen on {address}: {reason}; choose another --{what} HOST:PORT") from error
+    for http, grpc in addresses:
+        for what, address in (("http", http), ("grpc", grpc)):
+            _check_can_listen(what, address)
 
 
-def _narrator(began: float) -> Callable[[str], None]:
+def _check_can_listen(what: str, address: Address) -> None:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.host, address.port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"can't listen on {address}: {reason}; choose another --{what} HOST:PORT") from error
+
+
+def narrator(began: float) -> Callable[[str], None]:
     """Lines for a person, on stderr, with the seconds since the start."""
 
     def say(line: str) -> None:

@@ -18,15 +18,12 @@ from diptych.types import Counters, FrontId, KvEvent, Load, Outgoing, Stored
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine
 from workers.prefill import PrefillRole
+from workers.report_pace import ReportPace
 from workers.transfer.receiving import Receiver
 from workers.transfer.sending import Sender
 
 _IDLE_SECONDS = 0.25
 """An idle engine looks at its leases this often."""
-_REPORT_SECONDS = 0.05
-"""Changes are told at most this often, and at once when the engine falls idle."""
-_HEARTBEAT_SECONDS = 1.0
-"""Told even when nothing changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +147,7 @@ class EngineThread:
             roles.close()
 
     def _run(self, roles: Roles, listener: Listener, take_step: Callable[[], Mapping[FrontId, list[Outgoing]]]) -> None:
-        engine, reported, progress, dirty = roles.engine, 0.0, False, True
+        engine, pace, progress, finished = roles.engine, ReportPace(), False, 0
         while (heard := self._drain(wait=not progress)) is not None:
             self._moved, self._busy = time.monotonic(), True
             roles.prefill.tick()
@@ -164,15 +161,12 @@ class EngineThread:
             roles.prefill.after_step(result)
             if outgoing := take_step():
                 listener.step_done(outgoing)
+            before, finished = finished, roles.decode.counters.finished
+            load_changed = bool(heard or plan.chunks or plan.granted or plan.preempted or finished != before)
             progress = bool(plan.decodes or plan.chunks or plan.granted or plan.preempted)
-            dirty = dirty or progress or heard > 0
-            now = time.monotonic()
-            age = now - reported
-            settled = dirty and not progress
-            due = (dirty or self._want_full) and age >= _REPORT_SECONDS
-            if settled or due or age >= _HEARTBEAT_SECONDS:
-                listener.changed(self._snapshot(roles, audit=settled))
-                reported, dirty = now, False
+            now, urgent = time.monotonic(), self._want_full
+            if pace.is_due(now, load_changed=load_changed, progressed=progress, urgent=urgent):
+                listener.changed(self._snapshot(roles, audit=pace.settled))
             self._busy = False
 
     def _drain(self, *, wait: bool) -> int | None:

@@ -71,6 +71,12 @@ class Outbox:
             reader.close()
         self._note_empty()
 
+    def forget(self, front: FrontId) -> None:
+        """It will not read any more. Its process may have died without ending its stream: Ray doesn't."""
+        if reader := self._readers.pop(front, None):
+            reader.close()
+            self._note_empty()
+
     async def wait_empty(self) -> None:
         """After `close`: until every reader has all it was sent."""
         await self._empty.wait()

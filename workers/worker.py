@@ -201,6 +201,7 @@ class Worker:
 
     def front_left(self, front: FrontId) -> None:
         """Nobody reads its answers any more."""
+        self._outbox.forget(front)
         self._engine.post_cancel(self._roles.decode.cancel_all, front)
 
     # ---- peers (workers.peers.Peer) -----------------------------------------------------------------------

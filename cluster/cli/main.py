@@ -24,8 +24,12 @@ SUBCOMMANDS = {
     "serve": Subcommand("cluster.cli.serve", "Start a cluster and serve a model."),
     "ask": Subcommand("cluster.cli.ask", "One streamed answer over gRPC."),
     "status": Subcommand("cluster.cli.status", "Workers, roles, blocks, queues and hit rates."),
+    "stop": Subcommand("cluster.cli.stop", "End a detached cluster."),
+    "top": Subcommand("cluster.cli.top", "What every worker does now, refreshed."),
     "pull": Subcommand("cluster.cli.pull", "Fetch a model and say where it lies."),
     "config": Subcommand("cluster.cli.config", "The whole effective configuration and where it came from."),
+    "doctor": Subcommand("cluster.cli.doctor", "Check this machine and say how to mend it."),
+    "completion": Subcommand("cluster.cli.completion", "Shell completion for bash, zsh or fish."),
 }
 
 

@@ -12,8 +12,11 @@ from cluster.config import Config
 
 @click.command(short_help="Start a cluster and serve a model.")
 @takes_config
-def serve(config: Config) -> None:
+@click.option("--detach", is_flag=True, help="Return when it is up; it outlives this command in the Ray it joined.")
+def serve(config: Config, *, detach: bool) -> None:
     """Start a cluster and serve a model until Ctrl-C or SIGTERM.
+
+    Joins the Ray that RAY_ADDRESS or `ray job submit` names, or starts one.
 
     \b
     Example:
@@ -21,4 +24,4 @@ def serve(config: Config) -> None:
     """
     from cluster.launch import serve as launch  # Ray loads here, not for --help
 
-    sys.exit(launch(config))
+    sys.exit(launch(config, detach=detach))

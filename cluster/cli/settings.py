@@ -25,6 +25,7 @@ FLAGS = {
     "mixed": "pools.mixed.workers",
     "http": "front.http",
     "grpc": "front.grpc",
+    "fronts": "front.count",
     "device": "device",
 }
 
@@ -36,6 +37,7 @@ _OPTIONS = (
     click.option("--mixed", metavar="N", help="Workers that do both [0]."),
     click.option("--http", metavar="HOST:PORT", help="OpenAI API [127.0.0.1:8000]."),
     click.option("--grpc", metavar="HOST:PORT", help="gRPC [127.0.0.1:50051]."),
+    click.option("--fronts", metavar="N", help="Front processes, on ports of their own [1]."),
     click.option("--device", metavar="auto|cpu|cuda", help="Where workers compute [auto]."),
     click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Any key of `diptych config`."),
 )

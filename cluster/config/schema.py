@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
@@ -113,6 +113,8 @@ class Front(Section):
     """HOST:PORT of the OpenAI API; port 0 takes a free one."""
     grpc: HostPort = "127.0.0.1:50051"
     """HOST:PORT of diptych.v1; port 0 takes a free one."""
+    count: Positive = 1
+    """Processes that answer clients, each on ports of its own: PORT, PORT + 1 and so on."""
 
     @property
     def http_address(self) -> Address:
@@ -165,6 +167,15 @@ class Engine(Section):
     """CPU threads of each worker's engine; 0 shares the cores out."""
 
 
+class Cluster(Section):
+    """The cluster as a whole."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "diptych"
+    """What a detached cluster is called: `diptych status --name`, `diptych stop --name`."""
+    room_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 60.0
+    """How long a Ray that isn't ours may take to find room for a worker; an autoscaler may need minutes."""
+
+
 class Log(Section):
     """What is written to stderr."""
 
@@ -183,6 +194,7 @@ class Config(Section):
     kv: Kv = Kv()
     placement: PlacementSection = PlacementSection()
     engine: Engine = Engine()
+    cluster: Cluster = Cluster()
     log: Log = Log()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict[str, str])
@@ -195,6 +207,8 @@ class Config(Section):
                 f"placement.how = 'remote' needs prefill and decode workers, not {pools.prefill.workers} and "
                 f"{pools.decode.workers}: have both, or set placement.how to auto"
             )
+        for problem in _ports_problems(self.front):
+            raise ValueError(problem)
         if self.kv.link == "nccl" and self.device == "cpu":
             raise ValueError("kv.link = 'nccl' needs CUDA workers, but device is cpu: set kv.link to auto")
         return self
@@ -205,6 +219,20 @@ class Config(Section):
     def origin(self, key: str) -> str:
         """Where the value of a dotted key came from: a file, a variable, a flag or `default`."""
         return self._origins.get(key, "default")
+
+
+def _ports_problems(front: Front) -> Iterator[str]:
+    """Several fronts take that many ports from each address on."""
+    http, grpc = front.http_address.port, front.grpc_address.port
+    for what, port in (("http", http), ("grpc", grpc)):
+        if port and port + front.count - 1 > 65535:
+            yield f"front.count = {front.count} needs ports {port}…{port + front.count - 1}: lower front.{what}"
+    same_host = front.http_address.host == front.grpc_address.host
+    if http and grpc and http != grpc and same_host and abs(http - grpc) < front.count:
+        yield (
+            f"front.count = {front.count} puts HTTP on {http}…{http + front.count - 1} and gRPC on "
+            f"{grpc}…{grpc + front.count - 1}, which overlap: move front.http or front.grpc"
+        )
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:

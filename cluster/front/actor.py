@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from diptych.errors import NoWorker, WorkerLost
 from workers.actors import answer
 
 if TYPE_CHECKING:
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
 
-_GRACE_SECONDS = 3
-"""How long streams under way may go on when the front is told to stop."""
+_PATIENCES = 3
+"""A stuck scheduler is noticed after twice the patience, and its successor is up in seconds."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,8 @@ class FrontSpec:
     model: ModelSource
     http: str
     grpc: str
+    grace_seconds: int
+    """How long streams under way may go on when the front is told to stop."""
 
 
 class Ports(NamedTuple):
@@ -54,16 +60,24 @@ class FrontActor:
     def __init__(self, spec: FrontSpec) -> None:
         self._spec = spec
         self._dispatcher: Dispatcher | None = None
+        self._scheduler: SchedulerCalls | None = None
         self._http: HttpServer | None = None
         self._grpc: grpc.aio.Server | None = None
 
-    async def prepare(self, scheduler: Any) -> None:  # noqa: ANN401 (handles are untyped)
-        """Load the text side: in parallel with the workers' loading of weights."""
+    async def prepare(self, scheduler: Any) -> int:  # noqa: ANN401 (handles are untyped)
+        """Load the text side: in parallel with the workers' loading of weights. Its process."""
         from cluster.front.dispatcher import Dispatcher
         from cluster.front.tokenizer import TextModel
 
         text = await asyncio.to_thread(TextModel.load, self._spec.model)
-        self._dispatcher = Dispatcher(self._spec.identity, text, _RayScheduler(scheduler))
+        self._scheduler = SchedulerCalls(scheduler, _PATIENCES * self._spec.identity.patience_seconds)
+        self._dispatcher = Dispatcher(self._spec.identity, text, self._scheduler)
+        return os.getpid()
+
+    async def use_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
+        """The one before is dead; who waits for its answer asks this one."""
+        assert self._scheduler is not None, "prepare comes first"
+        self._scheduler.replace(scheduler)
 
     async def meet(self, workers: Mapping[WorkerId, tuple[WorkerInfo, Any]]) -> None:
         """All workers there are, with their handles."""
@@ -78,13 +92,13 @@ class FrontActor:
 
         metrics = FrontMetrics(self._it.model_name)
         service = metrics.observed(self._it)
-        self._http = await serve_http(service, self._spec.http, metrics, grace_seconds=_GRACE_SECONDS)
+        self._http = await serve_http(service, self._spec.http, metrics, grace_seconds=self._spec.grace_seconds)
         self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc)
         return Ports(self._http.port, grpc_port)
 
     async def close(self) -> None:
         """No new requests; running ones have a grace, then they are cancelled."""
-        stopping = [server.stop(_GRACE_SECONDS) for server in [self._grpc] if server]
+        stopping = [server.stop(self._spec.grace_seconds) for server in [self._grpc] if server]
         await asyncio.gather(*stopping, *(server.stop() for server in [self._http] if server))
         if self._dispatcher:
             await self._dispatcher.close()
@@ -120,14 +134,42 @@ class _RayWorker:
             yield await answer(items, self._who)
 
 
-class _RayScheduler:
-    """cluster.front.dispatcher.SchedulerPort over a handle."""
+class SchedulerCalls:
+    """cluster.front.dispatcher.SchedulerPort over a handle that may be replaced while calls wait."""
 
-    def __init__(self, handle: Any) -> None:  # noqa: ANN401
+    def __init__(self, handle: Any, timeout_seconds: float) -> None:  # noqa: ANN401
         self._handle = handle
+        self._timeout_seconds = timeout_seconds
+        self._replaced = asyncio.Event()
+
+    def replace(self, handle: Any) -> None:  # noqa: ANN401
+        """Calls under way are made again."""
+        self._handle = handle
+        self._replaced.set()
+        self._replaced = asyncio.Event()
 
     async def place(self, shape: RequestShape) -> Placement:
-        return await answer(self._handle.place.remote(shape), "the scheduler")
+        return await self._ask(lambda handle: handle.place.remote(shape))
 
     async def status(self) -> ClusterStatus:
-        return await answer(self._handle.status.remote(), "the scheduler")
+        return await self._ask(lambda handle: handle.status.remote())
+
+    async def _ask(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        """Placing twice does no harm: nothing is reserved."""
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                while True:
+                    replaced = asyncio.ensure_future(self._replaced.wait())
+                    asked = asyncio.ensure_future(answer(call(self._handle), "the scheduler"))
+                    try:
+                        await asyncio.wait({asked, replaced}, return_when=asyncio.FIRST_COMPLETED)
+                        if not asked.done():
+                            continue
+                        with suppress(WorkerLost):
+                            return asked.result()
+                        await replaced
+                    finally:
+                        asked.cancel()
+                        replaced.cancel()
+        except TimeoutError:
+            raise NoWorker(f"the scheduler did not answer for {self._timeout_seconds:g} s: try again") from None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.front.inbox import Inbox
+from cluster.front.patience import Patience
 from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
 from cluster.scheduler.costs import RequestShape
@@ -96,6 +97,7 @@ class Dispatcher:
         self._placed_on: dict[RequestId, Placement] = {}
         self._cancels: set[asyncio.Task[None]] = set()
         self._status: tuple[float, ClusterStatus] | None = None
+        self._patience = Patience()
 
     # ---- members --------------------------------------------------------------------------------------
 
@@ -178,7 +180,7 @@ class Dispatcher:
         )
         if ask.id in self._inboxes:
             raise InvalidRequest(f"a request {ask.id} is running here: give each its own id", param="request_id")
-        inbox = self._inboxes[ask.id] = Inbox()
+        inbox = self._inboxes[ask.id] = Inbox(self._patience)
         answer = _Answer(ask, self._text)
         finished = False
         try:

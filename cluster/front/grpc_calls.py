@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, cast
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Protocol, cast
 from grpc_status import rpc_status
 
 from cluster.front.answering import within
+from cluster.front.patience import Patience
 from diptych.errors import DeadlineExceeded, Internal, ServingError
 from diptych.rpc import to_status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     import grpc
     from google.protobuf.message import Message
@@ -70,14 +70,9 @@ def _status(error: ServingError) -> grpc.Status:
     return convert(to_status(error))
 
 
-async def write_within(context: Context, message: Message, timeout_seconds: float) -> None:
+async def write_within(patience: Patience, context: Context, message: Message, timeout_seconds: float) -> None:
     """Raises DeadlineExceeded when the client doesn't read for that long."""
-    await _within(context.write(message), timeout_seconds)
-
-
-async def _within(writing: Awaitable[None], timeout_seconds: float) -> None:
     try:
-        async with asyncio.timeout(timeout_seconds):
-            await writing
+        await patience.wait(context.write(message), timeout_seconds)
     except TimeoutError as error:
         raise DeadlineExceeded(f"the client read nothing for {timeout_seconds:g} s") from error

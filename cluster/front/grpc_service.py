@@ -32,6 +32,7 @@ from cluster.front.grpc_messages import (
     wanted_of,
 )
 from cluster.front.grpc_readable import Readable
+from cluster.front.patience import Patience
 from cluster.front.wanted import check_token_ids
 from diptych.errors import InvalidRequest
 from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -79,6 +80,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._running: set[str] = set()
+        self._patience = Patience()
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:
         """Chunks, then one `complete`; the call's end, however it comes, frees the request's blocks."""
@@ -132,11 +134,11 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def _write(self, ask: Ask, context: Context) -> None:
         async def write(delta: Delta) -> None:
             for chunk in chunks_of(delta):
-                await write_within(context, chunk, STALL_TIMEOUT_SECONDS)
+                await write_within(self._patience, context, chunk, STALL_TIMEOUT_SECONDS)
             if delta.finish is not None:
                 assert delta.usage is not None, "the last piece carries the usage"
                 complete = complete_of(ask.id, delta.finish, delta.usage)
-                await write_within(context, complete, STALL_TIMEOUT_SECONDS)
+                await write_within(self._patience, context, complete, STALL_TIMEOUT_SECONDS)
 
         await answer(self._service, ask, write)
 

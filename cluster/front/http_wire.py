@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cluster.front.errors import http_error
+from cluster.front.patience import Patience
 from diptych.errors import Internal, InvalidRequest, ServingError
 
 if TYPE_CHECKING:
@@ -123,8 +124,9 @@ class EventStream:
     Its headers leave with the first event, so that an error before any token still has its own status.
     """
 
-    def __init__(self, produce: Callable[[Emit], Awaitable[None]], request_id: str) -> None:
+    def __init__(self, produce: Callable[[Emit], Awaitable[None]], request_id: str, patience: Patience) -> None:
         self._produce = produce
+        self._patience = patience
         self._request_id = request_id
         self._started = False
 
@@ -157,13 +159,15 @@ class EventStream:
 
     async def _emit(self, send: Send, data: bytes) -> None:
         try:
-            async with asyncio.timeout(STALL_TIMEOUT_SECONDS):
-                if not self._started:
-                    self._started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await self._patience.wait(self._send(send, data), STALL_TIMEOUT_SECONDS)
         except TimeoutError as error:
             raise ClientStalled from error
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _emit_error(self, send: Send, error: ServingError) -> None:
         if not self._started:

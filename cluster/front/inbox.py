@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cluster.front.patience import Patience
 from diptych.errors import ServingError, WorkerLost
 from diptych.types import Emission, Failure, Outgoing
 
@@ -16,7 +17,8 @@ from diptych.types import Emission, Failure, Outgoing
 class Inbox:
     """Of one request. Lives on the front's event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
         self.attempt = 0
         self._next = 0
         self._first: Emission | None = None
@@ -73,8 +75,8 @@ class Inbox:
 
     async def wait_next(self, timeout_seconds: float) -> list[Emission]:
         """What came since; raises what ended the answer, or TimeoutError when nothing came."""
-        async with asyncio.timeout(timeout_seconds):
-            await self._wake.wait()
+        if not self._wake.is_set():
+            await self._patience.wait(self._wake.wait(), timeout_seconds)
         self._wake.clear()
         ready, self._ready = self._ready, []
         if not ready and self._error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse, Response
@@ -15,6 +15,7 @@ from cluster.front.http_wire import EventStream, deadline_seconds, read_json, wh
 from cluster.front.openai_answers import Answer, Envelope, EventWriter, total_usage, whole
 from cluster.front.openai_choices import Choice
 from cluster.front.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, parse_request
+from cluster.front.patience import Patience
 from cluster.front.wanted import Wanted
 from cluster.observe.metrics import FrontMetrics
 from diptych import __version__
@@ -39,6 +40,8 @@ class OpenAiApi:
     metrics: FrontMetrics
     started: int
     """Unix seconds; the model's `created`."""
+    patience: Patience = field(default_factory=Patience)
+    """With clients that read slowly."""
 
     async def chat_completions(self, request: Request) -> Response | EventStream:
         """POST /v1/chat/completions."""
@@ -79,7 +82,7 @@ class OpenAiApi:
         envelope = Envelope(id=request_id, kind=kind, model=self.service.model_name, created=int(time.time()))
         beside = [self._choice(ask, kind, body, place // choices) for place, ask in enumerate(asks)]
         if body.stream:
-            return EventStream(self._streaming(asks, beside, envelope, body, deadline), request_id)
+            return EventStream(self._streaming(asks, beside, envelope, body, deadline), request_id, self.patience)
         answers = [Answer() for _ in asks]
 
         async def collect(place: int, delta: Delta) -> None:

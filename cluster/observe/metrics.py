@@ -41,13 +41,16 @@ class FrontMetrics:
         self._model = model
         self._in_flight = self._gauge("diptych_front_requests_in_flight", "Answers that this front is waiting for.")
         self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens of finished requests.")
-        self._generated = self._counter("vllm:generation_tokens", "Tokens sent to clients.")
+        # One child each, looked up once: the way to it by labels costs as much as counting.
+        self._generated = self._counter("vllm:generation_tokens", "Tokens sent to clients.").labels(model)
         self._queried = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in prefix caches.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in prefix caches.")
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds", "Time to the first token.", _FIRST_TOKEN_BUCKETS
         )
-        self._between = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", _TOKEN_BUCKETS)
+        self._between = self._histogram(
+            "vllm:inter_token_latency_seconds", "Time between tokens.", _TOKEN_BUCKETS
+        ).labels(model)
         self._whole = self._histogram(
             "vllm:e2e_request_latency_seconds", "Time from request to last token.", _REQUEST_BUCKETS
         )
@@ -87,12 +90,12 @@ class FrontMetrics:
             self._in_flight.dec()
 
     def _observe_tokens(self, count: int, seconds: float, *, first: bool) -> None:
-        self._generated.labels(self._model).inc(count)
+        self._generated.inc(count)
         if first:
             self._first.labels(self._model).observe(seconds)
             return
         for _ in range(count):
-            self._between.labels(self._model).observe(seconds / count)
+            self._between.observe(seconds / count)
 
     def _observe_end(self, finish: str, usage: Usage, seconds: float) -> None:
         self._success.labels(self._model, finish).inc()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import Config
+from cluster.config.values import Address
 from diptych.types import ModelSource, Role, WorkerId, WorkerSpec
 
 
@@ -17,10 +18,18 @@ class Site:
     model: ModelSource
     secret: bytes
     cache: str
+    cpus: float
+    """CPUs that workers share."""
     gpus: float
     """GPUs that Ray has."""
     host: str
     """Every node's address when it is known before (one machine); empty to ask each node."""
+    node: str
+    """Ray's id of the machine that clients reach: fronts run there."""
+    joined: bool
+    """The Ray is not ours: workers ask it for CPUs."""
+    grace_seconds: int
+    """How long answers under way may go on when the cluster is told to stop."""
 
 
 def device_of(config: Config, site: Site) -> Literal["cpu", "cuda"]:
@@ -28,6 +37,25 @@ def device_of(config: Config, site: Site) -> Literal["cpu", "cuda"]:
     if config.device == "auto":
         return "cuda" if site.gpus else "cpu"
     return config.device
+
+
+def gpu_share(config: Config, site: Site) -> float:
+    """The part of a GPU that each worker has: as many share one as must."""
+    if device_of(config, site) == "cpu" or not (site.gpus or site.joined):
+        return 0.0
+    pools = config.pools
+    workers = pools.prefill.workers + pools.decode.workers + pools.mixed.workers
+    return 1.0 / max(1, math.ceil(workers / max(1.0, site.gpus)))
+
+
+def front_addresses(config: Config) -> list[tuple[Address, Address]]:
+    """HTTP and gRPC of each front: the configured ports and those that follow; 0 stays 0."""
+
+    def nth(first: Address, number: int) -> Address:
+        return first._replace(port=first.port + number if first.port else 0)
+
+    front = config.front
+    return [(nth(front.http_address, number), nth(front.grpc_address, number)) for number in range(front.count)]
 
 
 def first_members(config: Config, site: Site) -> list[WorkerSpec]:
@@ -40,7 +68,7 @@ def first_members(config: Config, site: Site) -> list[WorkerSpec]:
     ]
     total = sum(count for _, count in counts)
     # Two busy OpenMP teams on the same cores collapse: the cores are shared out.
-    threads = config.engine.threads or max(1, len(os.sched_getaffinity(0)) // total)
+    threads = config.engine.threads or max(1, int(site.cpus) // total)
     return [
         WorkerSpec(
             id=WorkerId(f"{role}-{number}"),

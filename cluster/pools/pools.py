@@ -1,148 +1,228 @@
-"""Owns the processes of a cluster: makes them, introduces them, replaces dead workers, ends them.
+"""Owns the processes of a cluster: introduces them, replaces those that died or are stuck, ends them.
 
-The one place that creates actors: an actor dies with the process that created it, so nothing that
-may be killed does. Ray never restarts anything; this does.
+a worker dies      its requests are placed again or fail; it comes back under the next epoch
+a front dies       its clients are cut off, their requests are cancelled; it comes back on its ports
+the scheduler dies running requests don't notice; the workers tell the next one everything
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from cluster.config import Config
-from cluster.front.actor import FrontActor, FrontSpec, Ports
-from cluster.front.dispatcher import FrontIdentity
-from cluster.pools.members import Site, device_of, first_members
-from cluster.scheduler.actor import SchedulerActor
-from cluster.scheduler.costs import Policy
-from cluster.scheduler.scheduler import SchedulerSpec
-from cluster.source_tree import source_roots
-from diptych.build import build_identity
-from diptych.errors import ServingError
-from diptych.hashing import KvIdentity
-from diptych.types import FrontId, WorkerId, WorkerInfo, WorkerSpec
-from workers.actors import CONTROL, WorkerActor, answer
+from cluster.front.actor import Ports
+from cluster.pools.members import Site, device_of, first_members, front_addresses
+from cluster.pools.parts import FrontPart, WorkerPart
+from cluster.pools.processes import Processes
+from cluster.pools.room import wait_room
+from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
+from diptych.errors import Internal, ServingError
+from diptych.types import ClusterStatus, WorkerId, WorkerInfo
+from workers.actors import answer
 
 _START_SECONDS = 600.0
 """Loading a large model takes minutes; forever it may not take."""
-_STOP_SECONDS = 5.0
 _CALL_SECONDS = 30.0
-_MAX_DEATHS = 5
-"""A worker that dies more often than this, in a row, is not replaced: it would die for ever."""
-_MANY_CALLS = 100_000
-"""A waiting grant holds a call open: they must not use up an actor's concurrency."""
-
-
-@dataclass(slots=True)
-class _Member:
-    spec: WorkerSpec
-    handle: Any
-    info: WorkerInfo | None = None
-    deaths: int = 0
+_END_SECONDS = 2.0
+"""How long killed processes may take to be gone."""
 
 
 class Pools:
-    """A running cluster, from its owner's side. Lives on the launcher's event loop."""
+    """A running cluster, from its owner's side. Lives on the owner's event loop."""
 
     def __init__(self, config: Config, site: Site, say: Callable[[str], None]) -> None:
         """`say` gets a line for a person at each step and at each death."""
         self._config = config
         self._site = site
         self._say = say
-        self._members: dict[WorkerId, _Member] = {}
-        self._size = 0
+        self._make = Processes(config, site)
+        self._patience_seconds = config.kv.lease_seconds
+        self._workers: dict[WorkerId, WorkerPart] = {}
+        self._fronts: list[FrontPart] = []
         self._scheduler: Any = None
-        self._front: Any = None
-        self._is_open = False
+        self._scheduler_deaths = Deaths()
         self._watches: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    async def start(self) -> Ports:
-        """Everything up and introduced. Raises what a part raised, within a bound."""
+    async def start(self) -> tuple[Ports, ...]:
+        """Everything up and introduced; where each front listens. Raises what a part raised, within a bound."""
         specs = first_members(self._config, self._site)
-        self._size = len(specs)
         kinds = ", ".join(spec.id for spec in specs)
         self._say(f"starting {kinds}: {device_of(self._config, self._site)}, {specs[0].threads} thread(s) each")
-        self._scheduler = _actor(SchedulerActor).remote(self._scheduler_spec())
-        self._front = _actor(FrontActor).remote(self._front_spec())
-        for spec in specs:
-            self._members[spec.id] = _Member(spec, self._new_worker(spec))
-        async with asyncio.timeout(_START_SECONDS):
-            starts = [self._start_worker(member) for member in self._members.values()]
-            await asyncio.gather(answer(self._front.prepare.remote(self._scheduler), "the front"), *starts)
-            await self._introduce()
-            ports = await answer(self._front.open.remote(), "the front")
-            self._is_open = True
-        self._watch(self._wait_broken(self._front, "the front"))
-        self._watch(self._wait_broken(self._scheduler, "the scheduler"))
+        self._scheduler = self._make.scheduler()
+        addresses = front_addresses(self._config)
+        self._fronts = [FrontPart(number, http, grpc) for number, (http, grpc) in enumerate(addresses)]
+        self._workers = {spec.id: WorkerPart(spec, self._make.worker(spec)) for spec in specs}
+        try:
+            ports = await asyncio.wait_for(self._start_all(), _START_SECONDS)
+        except TimeoutError:
+            missing = ", ".join(who for who, worker in self._workers.items() if not worker.info) or "a front"
+            raise Internal(f"{missing} did not come up within {_START_SECONDS:g} s") from None
+        self._watch(self._keep_scheduler())
+        for worker in self._workers.values():
+            self._watch(self._keep_worker(worker))
+        for front in self._fronts:
+            self._watch(self._keep_front(front))
         return ports
 
+    async def _start_all(self) -> tuple[Ports, ...]:
+        starts = [self._start_worker(worker) for worker in self._workers.values()]
+        await asyncio.gather(*(self._prepare_front(front) for front in self._fronts), *starts)
+        await self._introduce()
+        await asyncio.gather(*(self._join(worker) for worker in self._workers.values()))
+        return tuple(await asyncio.gather(*(self._open_front(front) for front in self._fronts)))
+
     async def wait_broken(self) -> str:
-        """Until a part died that is not replaced; says which."""
+        """Until the cluster can't answer any more and won't by itself; says why."""
         return await self._broken
 
-    async def stop(self) -> None:
-        """In order: fronts first, so that nobody is cut off who could have ended.
+    async def status(self) -> ClusterStatus:
+        """The scheduler's view."""
+        return await asyncio.wait_for(answer(self._scheduler.status.remote(), "the scheduler"), _CALL_SECONDS)
 
-        What is still starting has nobody to cut off, and would answer only when it is up.
-        """
+    async def stop(self) -> None:
+        """In order: fronts first, so that nobody is cut off who could have ended."""
         for watch in self._watches:
             watch.cancel()
-        if self._is_open:
-            await self._bounded(self._front.close.remote(), "the front", 2 * _STOP_SECONDS)
-        stops = [member.handle.stop.remote(_STOP_SECONDS) for member in self._members.values() if member.info]
-        await asyncio.gather(*(self._bounded(stop, "a worker", _STOP_SECONDS + 1) for stop in stops))
+        grace = self._site.grace_seconds
+        closes = [front.handle.close.remote() for front in self._fronts if front.prepared]
+        await self._all_bounded(closes, "a front", 2 * grace + 1)
+        stops = [worker.handle.stop.remote(grace) for worker in self._workers.values() if worker.info]
+        await self._all_bounded(stops, "a worker", grace + 1)
+        handles = [self._scheduler, *(part.handle for part in [*self._fronts, *self._workers.values()])]
+        ends = [self._bounded(end(handle), "a process", _END_SECONDS) for handle in handles if handle is not None]
+        await asyncio.gather(*ends)
 
-    # ---- members ------------------------------------------------------------------------------------------
+    # ---- workers ------------------------------------------------------------------------------------------
 
-    async def _start_worker(self, member: _Member) -> None:
-        info: WorkerInfo = await answer(member.handle.start.remote(), member.spec.id)
-        member.info = info
+    async def _start_worker(self, worker: WorkerPart) -> None:
+        await wait_room(worker.handle, worker.spec.id, self._make.needs(worker.spec), self._room_seconds, self._say)
+        info: WorkerInfo = await answer(worker.handle.start.remote(), worker.spec.id)
+        worker.info = info
         size = info.blocks * info.layout.block_bytes / 2**20
         tokens = info.blocks * info.layout.block_size
         self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype})")
-        await answer(self._scheduler.join.remote(info), "the scheduler")
-        await answer(member.handle.report_to.remote(self._scheduler), info.id)
-        self._watch(self._wait_dead(member))
+
+    async def _join(self, worker: WorkerPart) -> None:
+        """Requests are placed on it from now on: everyone knows it already."""
+        await answer(self._scheduler.join.remote(worker.info), "the scheduler")
+        await answer(worker.handle.report_to.remote(self._scheduler), worker.spec.id)
+
+    async def _keep_worker(self, worker: WorkerPart) -> None:
+        """Its life and its next lives."""
+        while worker.info is not None:
+            pid = None if self._site.joined else worker.info.pid
+            how = await wait_end(
+                worker.handle, worker.spec.id, silence_of(worker.handle, worker.spec.id), self._patience_seconds, pid
+            )
+            self._say(f"{worker.spec.id} {how}")
+            worker.info = None
+            leave = self._scheduler.leave.remote(worker.spec.id, worker.spec.epoch)
+            await self._bounded(leave, "the scheduler", _CALL_SECONDS)
+            await self._reintroduce()
+            await self._replace_worker(worker)
+
+    async def _replace_worker(self, worker: WorkerPart) -> None:
+        while worker.info is None:
+            worker.deaths.add(time.monotonic())
+            if worker.deaths.too_many:
+                worker.lost = True
+                return self._give_up(worker.spec.id, worker.deaths)
+            worker.spec = replace(worker.spec, epoch=worker.spec.epoch + 1)
+            worker.handle = self._make.worker(worker.spec)
+            try:
+                async with asyncio.timeout(_START_SECONDS):
+                    await self._start_worker(worker)
+                    await self._reintroduce()
+                    await self._join(worker)
+            except (ServingError, TimeoutError) as error:
+                worker.info = None
+                ray.kill(worker.handle)  # pyright: ignore[reportUnknownMemberType]
+                self._say(f"{worker.spec.id} did not come back: {error!r}")
+
+    @property
+    def _room_seconds(self) -> float:
+        """Nobody else takes room in a Ray of our own."""
+        return self._config.cluster.room_seconds if self._site.joined else _START_SECONDS
+
+    # ---- fronts -------------------------------------------------------------------------------------------
+
+    async def _prepare_front(self, front: FrontPart) -> None:
+        front.handle = self._make.front(front.id, front.http, front.grpc)
+        front.pid = await answer(front.handle.prepare.remote(self._scheduler), front.id)
+        front.prepared = True
+
+    async def _open_front(self, front: FrontPart) -> Ports:
+        ports: Ports = await answer(front.handle.open.remote(), front.id)
+        # Whoever replaces it listens where clients were told to look.
+        front.http, front.grpc = front.http._replace(port=ports.http), front.grpc._replace(port=ports.grpc)
+        return ports
+
+    async def _keep_front(self, front: FrontPart) -> None:
+        while front.prepared:
+            pulse = pulse_of(front.handle, front.id)
+            how = await wait_end(front.handle, front.id, pulse, self._patience_seconds, front.pid)
+            front.prepared = False
+            self._say(f"{front.id} {how}; its requests are cancelled")
+            leaves = [worker.handle.front_left.remote(front.id) for worker in self._workers.values() if worker.info]
+            await self._all_bounded(leaves, "a worker", _CALL_SECONDS)
+            await self._replace_front(front)
+
+    async def _replace_front(self, front: FrontPart) -> None:
+        while not front.prepared:
+            front.deaths.add(time.monotonic())
+            if front.deaths.too_many:
+                front.lost = True
+                return self._give_up(front.id, front.deaths)
+            front.incarnation += 1
+            try:
+                async with asyncio.timeout(_START_SECONDS):
+                    await self._prepare_front(front)
+                    await answer(front.handle.meet.remote(self._up()), front.id)
+                    await self._open_front(front)
+            except (ServingError, TimeoutError) as error:
+                front.prepared = False
+                ray.kill(front.handle)  # pyright: ignore[reportUnknownMemberType]
+                self._say(f"{front.id} did not come back: {error!r}")
+            else:
+                self._say(f"{front.id} is up: HTTP {front.http}, gRPC {front.grpc}")
+
+    # ---- the scheduler ------------------------------------------------------------------------------------
+
+    async def _keep_scheduler(self) -> None:
+        while True:
+            who = "the scheduler"
+            how = await wait_end(self._scheduler, who, pulse_of(self._scheduler, who), self._patience_seconds, None)
+            self._say(f"{who} {how}; requests under way go on")
+            self._scheduler_deaths.add(time.monotonic())
+            if self._scheduler_deaths.too_many:
+                return self._break(f"{who} died {self._scheduler_deaths}")
+            self._scheduler = self._make.scheduler()
+            joins = [self._join(worker) for worker in self._workers.values() if worker.info]
+            await self._all_bounded(joins, who, _CALL_SECONDS)
+            tells = [front.handle.use_scheduler.remote(self._scheduler) for front in self._fronts if front.prepared]
+            await self._all_bounded(tells, "a front", _CALL_SECONDS)
+            self._say(f"{who} is up again")
+
+    # ---- everyone -----------------------------------------------------------------------------------------
+
+    def _up(self) -> dict[WorkerId, tuple[WorkerInfo, Any]]:
+        return {who: (worker.info, worker.handle) for who, worker in self._workers.items() if worker.info}
 
     async def _introduce(self) -> None:
         """Everyone learns of everyone who is up."""
-        up = {worker: (member.info, member.handle) for worker, member in self._members.items() if member.info}
-        calls = [
-            (member.handle.meet.remote({peer: handle for peer, (_, handle) in up.items() if peer != worker}), worker)
-            for worker, (_, _) in up.items()
-            if (member := self._members[worker])
-        ]
-        await asyncio.gather(
-            *(answer(call, worker) for call, worker in calls), answer(self._front.meet.remote(up), "the front")
-        )
-
-    async def _wait_dead(self, member: _Member) -> None:
-        worker, epoch = member.spec.id, member.spec.epoch
-        try:
-            await answer(member.handle.wait_dead.remote(), worker)
-        except ServingError as error:
-            self._say(f"{worker} died: {error.__cause__ or error}")
-        member.info = None
-        member.deaths += 1
-        await self._bounded(self._scheduler.leave.remote(worker, epoch), "the scheduler", _CALL_SECONDS)
-        await self._reintroduce()
-        if member.deaths > _MAX_DEATHS:
-            self._say(f"{worker} died {member.deaths} times and is not replaced")
-            return
-        member.spec = replace(member.spec, epoch=epoch + 1)
-        member.handle = self._new_worker(member.spec)
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                await self._start_worker(member)
-                await self._reintroduce()
-        except (ServingError, TimeoutError) as error:
-            self._say(f"{worker} did not come back: {error!r}")
+        up = self._up()
+        calls = [answer(front.handle.meet.remote(up), front.id) for front in self._fronts if front.prepared]
+        for worker, (_, handle) in up.items():
+            peers = {peer: other for peer, (_, other) in up.items() if peer != worker}
+            calls.append(answer(handle.meet.remote(peers), worker))
+        await asyncio.gather(*calls)
 
     async def _reintroduce(self) -> None:
         """After a change. A member that dies meanwhile has its own watch."""
@@ -152,75 +232,28 @@ class Pools:
         except (ServingError, TimeoutError) as error:
             self._say(f"not everyone heard of the change: {error!r}")
 
-    async def _wait_broken(self, handle: Any, who: str) -> None:  # noqa: ANN401 (handles are untyped)
-        try:
-            await answer(handle.wait_dead.remote(), who)
-        except ServingError as error:
-            if not self._broken.done():
-                self._broken.set_result(f"{who} died: {error}")
+    def _give_up(self, who: str, deaths: Deaths) -> None:
+        self._say(f"{who} died {deaths} and is not replaced")
+        decoding = [worker for worker in self._workers.values() if worker.spec.role != "prefill"]
+        for kind, parts in (("worker that decodes", decoding), ("front", self._fronts)):
+            if all(part.lost for part in parts):
+                self._break(f"no {kind} is left: {who} died {deaths}")
+
+    def _break(self, why: str) -> None:
+        if not self._broken.done():
+            self._broken.set_result(why)
 
     def _watch(self, what: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(what)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
 
-    async def _bounded(self, call: Any, who: str, seconds: float) -> None:  # noqa: ANN401
+    async def _all_bounded(self, calls: Iterable[Awaitable[Any]], who: str, seconds: float) -> None:
+        await asyncio.gather(*(self._bounded(call, who, seconds) for call in calls))
+
+    async def _bounded(self, call: Awaitable[Any], who: str, seconds: float) -> None:
         """A call whose failure changes nothing: the other side is gone or ends anyway."""
         try:
             await asyncio.wait_for(answer(call, who), seconds)
         except (ServingError, TimeoutError) as error:
             self._say(f"{who}: {error!r}")
-
-    # ---- what they are told ---------------------------------------------------------------------------------
-
-    def _new_worker(self, spec: WorkerSpec) -> Any:  # noqa: ANN401
-        gpus = min(1.0, self._site.gpus / self._size) if spec.device == "cuda" else 0.0
-        environment = {
-            "OMP_NUM_THREADS": str(spec.threads),
-            "MKL_NUM_THREADS": str(spec.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        }
-        return _actor(WorkerActor, environment, gpus=gpus, groups={CONTROL: _MANY_CALLS}).remote(spec)
-
-    def _scheduler_spec(self) -> SchedulerSpec:
-        return SchedulerSpec(
-            model=self._site.model,
-            build=build_identity(),
-            policy=Policy(how=self._config.placement.how),
-            stale_seconds=self._config.kv.lease_seconds,
-        )
-
-    def _front_spec(self) -> FrontSpec:
-        dtype = self._config.model.served_dtype
-        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=dtype, kv_dtype=dtype)
-        return FrontSpec(
-            identity=FrontIdentity(
-                id=FrontId("front-0"),
-                model=self._site.model.name,
-                root=identity.root(),
-                patience_seconds=self._config.kv.lease_seconds,
-            ),
-            model=self._site.model,
-            http=self._config.front.http,
-            grpc=self._config.front.grpc,
-        )
-
-
-def _actor(
-    kind: type, environment: dict[str, str] | None = None, *, gpus: float = 0.0, groups: dict[str, int] | None = None
-) -> Any:  # noqa: ANN401
-    """The actor class, with what all our actors share."""
-    roots = [*source_roots(), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**(environment or {}), **({"PYTHONPATH": os.pathsep.join(roots)} if roots else {})}
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "num_gpus": gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "max_concurrency": _MANY_CALLS,
-        "max_pending_calls": _MANY_CALLS,
-        "concurrency_groups": groups or {},
-        "runtime_env": {"env_vars": variables},
-    }
-    return ray.remote(**options)(kind)  # pyright: ignore[reportUnknownVariableType]

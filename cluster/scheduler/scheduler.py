@@ -86,7 +86,7 @@ class Scheduler:
             )
         for other in self._view.workers.values():
             if other.info.id != info.id and _model(other.info.layout) != _model(info.layout):
-                yield f"{info.id} has {info.layout}, {other.info.id} has {other.info.layout}: KV can't pass between them"
+                yield f"KV can't pass between {info.id} with {info.layout} and {other.info.id} with {other.info.layout}"
 
 
 def _model(layout: KvLayout) -> tuple[int, int, int]:

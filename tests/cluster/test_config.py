@@ -216,3 +216,23 @@ def test_defaults_written_as_toml_load_as_themselves(tmp_path: Path) -> None:
     file = write(tmp_path, "\n".join(lines))
     assert tomllib.loads(file.read_text())["kv"]["block_size"] == 16
     assert values(load(file)) == values(Config())
+
+
+def test_fronts_whose_ports_would_overlap_are_refused() -> None:
+    apart = ("front.http", "127.0.0.1:8000"), ("front.grpc", "127.0.0.1:8002")
+    assert load(None, {}, said(*apart, ("front.count", 2))).front.count == 2
+    [problem] = problems(None, *apart, ("front.count", 3))
+    assert "8000…8002" in problem
+    assert "8002…8004" in problem
+    other_hosts = ("front.http", "127.0.0.1:8000"), ("front.grpc", "127.0.0.2:8000")
+    assert load(None, {}, said(*other_hosts, ("front.count", 3))).front.count == 3
+
+
+def test_fronts_need_ports_that_there_are() -> None:
+    [problem] = problems(None, ("front.count", 3), ("front.http", "127.0.0.1:65534"))
+    assert "front.http" in problem
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "x" * 64])
+def test_a_clusters_name_is_one_word(name: str) -> None:
+    assert "cluster.name" in problems(None, ("cluster.name", name))[0]

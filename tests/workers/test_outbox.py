@@ -92,3 +92,17 @@ def test_who_reads_under_a_known_name_takes_over_and_the_first_reader_ends(run: 
         assert left == [FRONT, FRONT]
 
     run(test())
+
+
+def test_a_front_that_is_forgotten_holds_nothing_up(run: Callable[..., Any]) -> None:
+    async def test() -> None:
+        outbox = Outbox(lambda _: None)
+        stream = outbox.read(FRONT)
+        await anext(stream)
+        outbox.forget(FRONT)  # its process died: nobody closes the stream
+        outbox.put(step(0))
+        outbox.close()
+        await asyncio.wait_for(outbox.wait_empty(), 5)
+        assert [items async for items in stream] == []
+
+    run(test())

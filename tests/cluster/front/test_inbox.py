@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.front.inbox import Inbox
+from cluster.front.patience import Patience
 from diptych.errors import Internal, WorkerLost
 from diptych.types import Emission, Failure, How, RequestId, Served
 
@@ -27,7 +28,7 @@ def heard(inbox: Inbox) -> list[int]:
 
 
 def test_what_is_early_waits_for_its_turn() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(2))
     inbox.put(said(1))
     assert inbox.accepted == 0
@@ -39,7 +40,7 @@ def test_what_is_early_waits_for_its_turn() -> None:
 
 
 def test_nothing_is_heard_twice() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     for emission in (said(0), said(0), said(1), said(0), said(1)):
         inbox.put(emission)
     assert heard(inbox) == [100, 101]
@@ -49,7 +50,7 @@ def test_nothing_is_heard_twice() -> None:
 
 
 def test_another_attempt_is_not_heard_before_or_after_its_time() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(0, attempt=1))
     inbox.restart()
     inbox.put(said(0, attempt=0))
@@ -61,7 +62,7 @@ def test_another_attempt_is_not_heard_before_or_after_its_time() -> None:
 
 
 def test_a_restart_forgets_what_came_early_and_what_failed() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(1, token=8))
     inbox.fail(WorkerLost("gone"))
     inbox.restart()
@@ -72,14 +73,14 @@ def test_a_restart_forgets_what_came_early_and_what_failed() -> None:
 
 
 def test_an_answer_that_has_begun_can_not_restart() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(0))
     with pytest.raises(AssertionError, match="a client has tokens"):
         inbox.restart()
 
 
 def test_tokens_before_a_failure_are_read_first_and_none_after() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(0))
     inbox.put(Failure(REQUEST, 0, Internal("first")))
     inbox.put(said(1))
@@ -90,7 +91,7 @@ def test_tokens_before_a_failure_are_read_first_and_none_after() -> None:
 
 
 def test_a_first_token_said_again_is_the_same_one() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(0, token=5, how="remote"))
     inbox.put(said(0, token=5, how="remote"))  # decode repeats what prefill said
     inbox.put(said(1))
@@ -98,7 +99,7 @@ def test_a_first_token_said_again_is_the_same_one() -> None:
 
 
 def test_an_answer_that_goes_on_from_another_first_token_ends_in_an_error() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(0, token=5, how="remote"))
     assert heard(inbox) == [5]
     inbox.put(said(0, token=6, how="local"))
@@ -108,7 +109,7 @@ def test_an_answer_that_goes_on_from_another_first_token_ends_in_an_error() -> N
 
 
 def test_a_late_first_token_of_prefill_does_not_disturb_decodes_own() -> None:
-    inbox = Inbox()
+    inbox = Inbox(Patience())
     inbox.put(said(0, token=6, how="local"))
     inbox.put(said(0, token=5, how="remote"))
     inbox.put(said(1))
@@ -117,7 +118,7 @@ def test_a_late_first_token_of_prefill_does_not_disturb_decodes_own() -> None:
 
 def test_waiting_ends_when_something_comes() -> None:
     async def test() -> Any:
-        inbox = Inbox()
+        inbox = Inbox(Patience())
         waiting = asyncio.ensure_future(inbox.wait_next(20))
         await asyncio.sleep(0)
         inbox.put(said(0))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
 from cluster.config import Config, Override, load
-from cluster.pools.members import Site, device_of, first_members
+from cluster.pools.members import Site, device_of, first_members, front_addresses, gpu_share
 from diptych.types import ModelSource
 
 
@@ -17,9 +16,17 @@ def config(**values: Any) -> Config:
     return load(None, {}, [Override(name.replace("__", "."), value, "--set") for name, value in values.items()])
 
 
-def site(gpus: float = 0.0) -> Site:
+def site(gpus: float = 0.0, cpus: float = 8.0, *, joined: bool = False) -> Site:
     return Site(
-        model=ModelSource(name="m", path="random:tiny", digest="d"), secret=b"s", cache="/c", gpus=gpus, host="10.0.0.1"
+        model=ModelSource(name="m", path="random:tiny", digest="d"),
+        secret=b"s",
+        cache="/c",
+        cpus=cpus,
+        gpus=gpus,
+        host="10.0.0.1",
+        node="n",
+        joined=joined,
+        grace_seconds=3,
     )
 
 
@@ -36,11 +43,36 @@ def test_each_pool_has_its_workers_named_by_role_and_number() -> None:
 
 
 def test_the_cores_are_shared_out_and_everyone_has_one() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert {each.threads for each in first_members(config(), site())} == {max(1, cores // 2)}
-    crowd = config(pools__decode__workers=cores + 1)
-    assert {each.threads for each in first_members(crowd, site())} == {1}
+    assert {each.threads for each in first_members(config(), site(cpus=8.0))} == {4}
+    assert {each.threads for each in first_members(config(), site(cpus=0.0))} == {1}
+    crowd = config(pools__decode__workers=8)
+    assert {each.threads for each in first_members(crowd, site(cpus=8.0))} == {1}
     assert {each.threads for each in first_members(config(engine__threads=7), site())} == {7}
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "share"),
+    [(2, 8.0, 1.0), (2, 2.0, 1.0), (3, 2.0, 0.5), (2, 1.0, 0.5), (5, 2.0, 1 / 3)],
+)
+def test_as_many_workers_share_a_gpu_as_must(workers: int, gpus: float, share: float) -> None:
+    wanted = config(pools__decode__workers=workers - 1)
+    assert gpu_share(wanted, site(gpus)) == share
+    assert int(1 / share) * gpus >= workers, "each has a place on one GPU"
+
+
+def test_without_a_gpu_none_is_asked_for_but_of_a_ray_that_may_grow() -> None:
+    assert gpu_share(config(), site()) == 0.0
+    assert gpu_share(config(device="cuda"), site()) == 0.0
+    assert gpu_share(config(device="cuda"), site(joined=True)) > 0.0
+
+
+def test_several_fronts_have_the_ports_that_follow_and_free_ones_stay_free() -> None:
+    wanted = config(front__count=3, front__http="127.0.0.1:8000", front__grpc="[::1]:0")
+    assert [(str(http), str(grpc)) for http, grpc in front_addresses(wanted)] == [
+        ("127.0.0.1:8000", "[::1]:0"),
+        ("127.0.0.1:8001", "[::1]:0"),
+        ("127.0.0.1:8002", "[::1]:0"),
+    ]
 
 
 def test_what_is_set_reaches_every_worker() -> None:

@@ -1,0 +1,1 @@
+"""What `diptych doctor` looks at on this machine."""

@@ -1,0 +1,39 @@
+"""What pools know of each worker and each front, over all its processes. Does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.config.values import Address
+from cluster.pools.watch import Deaths
+from diptych.types import FrontId, WorkerInfo, WorkerSpec
+
+
+@dataclass(slots=True, eq=False)
+class WorkerPart:
+    spec: WorkerSpec
+    handle: Any
+    info: WorkerInfo | None = None
+    """None while it isn't up."""
+    deaths: Deaths = field(default_factory=Deaths)
+    lost: bool = False
+    """It died too often and does not come back."""
+
+
+@dataclass(slots=True, eq=False)
+class FrontPart:
+    number: int
+    http: Address
+    grpc: Address
+    handle: Any = None
+    pid: int | None = None
+    incarnation: int = 0
+    prepared: bool = False
+    deaths: Deaths = field(default_factory=Deaths)
+    lost: bool = False
+
+    @property
+    def id(self) -> FrontId:
+        """Another one for each process: workers must not mistake a new front for the one that died."""
+        return FrontId(f"front-{self.number}" + (f".{self.incarnation}" if self.incarnation else ""))

@@ -1,0 +1,106 @@
+"""Makes the actors of a cluster: the options they share, and what each is told at birth. Watches nothing.
+
+The one place that creates them: an actor dies with the process that created it, so nothing that
+may be killed does. Ray never restarts anything; `cluster.pools.pools` does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import Config
+from cluster.config.values import Address
+from cluster.front.actor import FrontActor, FrontSpec
+from cluster.front.dispatcher import FrontIdentity
+from cluster.pools.members import Site, gpu_share
+from cluster.scheduler.actor import SchedulerActor
+from cluster.scheduler.costs import Policy
+from cluster.scheduler.scheduler import SchedulerSpec
+from cluster.source_tree import source_roots
+from diptych.build import build_identity
+from diptych.hashing import KvIdentity
+from diptych.types import FrontId, WorkerSpec
+from workers.actors import CONTROL, WorkerActor
+
+_MANY_CALLS = 100_000
+"""A waiting grant holds a call open: they must not use up an actor's concurrency."""
+
+
+class Processes:
+    """Of one cluster."""
+
+    def __init__(self, config: Config, site: Site) -> None:
+        self._config = config
+        self._site = site
+
+    def worker(self, spec: WorkerSpec) -> Any:  # noqa: ANN401 (handles are untyped)
+        """On any node with room for it."""
+        environment = {
+            "OMP_NUM_THREADS": str(spec.threads),
+            "MKL_NUM_THREADS": str(spec.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+        options = actor_options(environment) | self.needs(spec) | {"concurrency_groups": {CONTROL: _MANY_CALLS}}
+        return ray.remote(**options)(WorkerActor).remote(spec)  # pyright: ignore
+
+    def needs(self, spec: WorkerSpec) -> dict[str, float]:
+        """What a worker asks of Ray, as its options name it. A Ray of our own is as large as the machine."""
+        cpus = float(spec.threads) if self._site.joined else 0.0
+        return {"num_cpus": cpus, "num_gpus": gpu_share(self._config, self._site)}
+
+    def scheduler(self) -> Any:  # noqa: ANN401
+        """Where clients reach the cluster."""
+        spec = SchedulerSpec(
+            model=self._site.model,
+            build=build_identity(),
+            policy=Policy(how=self._config.placement.how),
+            stale_seconds=self._config.kv.lease_seconds,
+        )
+        options = actor_options() | here(self._site.node)
+        return ray.remote(**options)(SchedulerActor).remote(spec)  # pyright: ignore
+
+    def front(self, front: FrontId, http: Address, grpc: Address) -> Any:  # noqa: ANN401
+        """Where clients reach the cluster."""
+        dtype = self._config.model.served_dtype
+        # What a quantised wire rounded must never pass for what was computed.
+        numbers = dtype if self._config.kv.wire == "native" else f"{dtype} over {self._config.kv.wire}"
+        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=dtype, kv_dtype=numbers)
+        spec = FrontSpec(
+            identity=FrontIdentity(
+                id=front,
+                model=self._site.model.name,
+                root=identity.root(),
+                patience_seconds=self._config.kv.lease_seconds,
+            ),
+            model=self._site.model,
+            http=str(http),
+            grpc=str(grpc),
+            grace_seconds=self._site.grace_seconds,
+        )
+        options = actor_options() | here(self._site.node)
+        return ray.remote(**options)(FrontActor).remote(spec)  # pyright: ignore
+
+
+def actor_options(environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """What all our actors share. Ray adds it to what the job brings: its working_dir, py_modules and variables."""
+    roots = [*source_roots(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**(environment or {}), **({"PYTHONPATH": os.pathsep.join(roots)} if roots else {})}
+    return {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "max_concurrency": _MANY_CALLS,
+        "max_pending_calls": _MANY_CALLS,
+        "runtime_env": {"env_vars": variables},
+    }
+
+
+def here(node: str) -> dict[str, Any]:
+    """Options that keep an actor on the machine whose ports were promised to clients."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}

@@ -1,0 +1,73 @@
+"""Waiting until Ray has room for an actor, and saying what it lacks. Decides no size."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import ray
+
+from diptych.errors import ServingError
+from workers.actors import answer
+
+_QUIET_SECONDS = 15.0
+"""A process starts faster than this, on a busy machine too."""
+
+
+class NoRoom(ServingError):
+    """Ray had no room for a process in time; the message says what was missing."""
+
+
+async def wait_room(
+    handle: Any,  # noqa: ANN401 (handles are untyped)
+    who: str,
+    needs: Mapping[str, float],
+    seconds: float,
+    say: Callable[[str], None],
+) -> None:
+    """Until the process runs. Raises NoRoom after `seconds`."""
+    if too_large := _too_large(needs):
+        say(f"{who} waits for a node to be added: {too_large}")
+    ready = asyncio.ensure_future(answer(handle.__ray_ready__.remote(), who))
+    try:
+        await asyncio.wait({ready}, timeout=min(_QUIET_SECONDS, seconds))
+        if not ready.done() and not too_large:
+            say(f"{who} waits for room: {_state(needs)}")
+        await asyncio.wait_for(ready, max(0.0, seconds - _QUIET_SECONDS))
+    except TimeoutError:
+        raise NoRoom(
+            f"Ray had no room for {who} within {seconds:g} s: {_too_large(needs) or _state(needs)}. Add nodes, start "
+            "fewer workers, set engine.threads lower, or raise cluster.room_seconds for an autoscaler"
+        ) from None
+
+
+def _named(needs: Mapping[str, float]) -> dict[str, float]:
+    """By Ray's names of resources instead of its options' names."""
+    return {name.removeprefix("num_").upper()[:3]: amount for name, amount in needs.items() if amount}
+
+
+def _too_large(needs: Mapping[str, float]) -> str:
+    """Why no node of this Ray could have it, however idle."""
+    wanted = _named(needs)
+    nodes = [cast("Mapping[str, float]", node["Resources"]) for node in ray.nodes() if node["Alive"]]  # pyright: ignore
+    if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return ""
+    largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
+    return f"it needs {_amounts(wanted)} on one node, the most that one has is {_amounts(largest)}"
+
+
+def _state(needs: Mapping[str, float]) -> str:
+    wanted = _named(needs)
+    free = cast("Mapping[str, float]", ray.available_resources())  # pyright: ignore
+    total = cast("Mapping[str, float]", ray.cluster_resources())  # pyright: ignore
+    if not wanted:
+        return "its process has not started"
+    return (
+        f"it needs {_amounts(wanted)}, free are {_amounts({name: free.get(name, 0.0) for name in wanted})} "
+        f"of {_amounts({name: total.get(name, 0.0) for name in wanted})} in all"
+    )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
