@@ -34,6 +34,7 @@ from diptych.types import (
     Request,
     RequestId,
     SamplingParams,
+    Verify,
     WorkerId,
     WorkerSpec,
 )
@@ -185,6 +186,8 @@ class World:
         self.log: list[str] = []
         self.corruptions = 0
         """How many of the coming parcels arrive damaged."""
+        self.armed: list[tuple[tuple[str, str], Callable[[SimWorker], None]]] = []
+        """Faults that wait for a side to reach a state."""
         self.damages: tuple[str, ...] = DAMAGE
         self.wire = "native"
         self.seen: list[torch.Tensor] = []
@@ -245,7 +248,7 @@ class World:
     def _answered(self, call: Call, said: Any) -> None:
         if frozenset((call.caller.id, call.callee)) in self.cut or self._take("lost answer"):
             return
-        self.soon(lambda: self._settle(call, said))
+        self.soon(lambda: self._settle(call, said), 0.5 if self._take("late answer") else 0.004)
 
     def _settle(self, call: Call, said: Any) -> None:
         if call.settled or not call.caller.alive:
@@ -322,6 +325,9 @@ class SimWorker:
     def _count(self, side: str, before: Any, after: Any) -> None:
         self.world.tallies.transitions[f"{side} {before.value}>{after.value}"] += 1
         self.world.tallies.states[f"{side} {after.value}"] += 1
+        for armed in [each for each in self.world.armed if each[0] == (side, after.value)]:
+            self.world.armed.remove(armed)
+            self.world.at(self.world.random.choice([0.0, 0.0, 0.02]), partial(armed[1], self))
 
     # ---- its engine's thread ---------------------------------------------------------------------------
 
@@ -422,6 +428,10 @@ class SimWorker:
 
     # ---- faults --------------------------------------------------------------------------------------------
 
+    def transfers(self) -> list[str]:
+        """Hand-offs under way here."""
+        return [*self.receiver._inbound, *(transfer.id for transfer in self.sender._outbound)]
+
     def kill(self) -> None:
         self.alive = False
         self.inbox.clear()
@@ -467,6 +477,7 @@ class Channel:
     receiver: SimWorker | None = None
     fifo: deque[tuple[int, torch.Tensor | None]] = field(default_factory=deque)
     is_cut: bool = False
+    stalled_until: float = 0.0
     ends: list[Any] = field(default_factory=list)
 
     def kick(self) -> None:
@@ -551,6 +562,9 @@ class SimSenderPair:
                 return
             if self._closed or not self.worker.alive:
                 return
+            if self.world.now < self.channel.stalled_until:
+                self.world.at(self.channel.stalled_until - self.world.now, leave)
+                return
             if not reads:
                 self.channel.fifo.append((parcel.sequence, content))
             self._busy = False
@@ -600,7 +614,7 @@ class SimReceiverPair:
     def expect(self, parcel: Any) -> None:
         self._announced[parcel.sequence] = parcel
         self._since = self.world.now
-        self.world.at(LEASE * 1.01, self._time_out)
+        self.world.at(LEASE * (1 + self.world.random.random() / 3), self._time_out)
         self.world.soon(self.go)
 
     def go(self) -> None:
@@ -611,6 +625,9 @@ class SimReceiverPair:
             return
         if self.channel.is_cut and not self.channel.fifo:
             self._break("the other side is gone")
+            return
+        if self.world.now < self.channel.stalled_until:
+            self.world.at(self.channel.stalled_until - self.world.now, self.go)
             return
         parcel = self._announced.get(self._expected)
         if parcel is None:
@@ -732,10 +749,12 @@ class Kind:
 
     faults: tuple[str, ...]
     most_faults: int = 3
+    armed: float = 0.5
+    """The share of them that waits for a side to reach a state."""
     damages: int = 0
-    verify: str = "all"
-    links: tuple[str, ...] = ("gloo", "mapped")
-    wires: tuple[str, ...] = ("native",)
+    verify: tuple[Verify, ...] = ("off", "all")
+    links: tuple[Any, ...] = ("gloo", "mapped")
+    wires: tuple[Any, ...] = ("native",)
 
 
 class History:
@@ -763,7 +782,7 @@ class History:
             host="nowhere",
             link=link,
             wire=wire,
-            verify=kind.verify,
+            verify=self.random.choice(kind.verify),
             secret=b"s",
             lease_seconds=LEASE,
             cache="",
@@ -800,7 +819,13 @@ class History:
     def run(self) -> None:
         requests = [self._submit(number) for number in range(self.random.choice([1, 2, 4]))]
         for _ in range(self.random.randint(1, self.kind.most_faults) if self.kind.faults else 0):
-            self.world.at(self.random.random() ** 2 * LEASE, partial(self._fault, self.random.choice(self.kind.faults)))
+            fault = self.random.choice(self.kind.faults)
+            if self.random.random() >= self.kind.armed:
+                self.world.at(self.random.random() ** 2 * LEASE, partial(self._fault, fault))
+            else:
+                side = self.random.choice(["sender", "receiver"])
+                state = self.random.choice(["granted", "sending", "sending", "landed", "committed"])
+                self.world.armed.append(((side, state), partial(self._fault, fault)))
         self.world.corruptions = self.kind.damages
         self.world.run(LIMIT_SECONDS)
         for request in requests:
@@ -842,16 +867,16 @@ class History:
         world.at(self.random.random() * LEASE / 2, submit)
         return name
 
-    def _fault(self, name: str) -> None:
+    def _fault(self, name: str, where: SimWorker | None = None) -> None:
         world, workers = self.world, [worker for worker in self.world.workers.values() if worker.alive]
-        if name in ("lost call", "lost answer", "doubled call", "late call"):
+        if name in ("lost call", "lost answer", "doubled call", "late call", "late answer"):
             world.trouble[name] += self.random.choice([1, 2, 5])
             return
         world.tallies.faults[name] += 1
         if name == "death":
-            self._kill(self.random.choice(workers))
+            self._kill(self._one_of(workers, where))
         elif name == "pause":
-            worker = self.random.choice(workers)
+            worker = self._one_of(workers, where)
             worker.stop()
             world.at(self.random.choice([0.1, 0.9, 1.5, 3.0]) * LEASE, worker.go_on)
         elif name == "partition":
@@ -862,8 +887,11 @@ class History:
             for channel in self.random.sample([*world.channels.values()], min(1, len(world.channels))):
                 channel.is_cut = True
                 channel.kick()
+        elif name == "stalled link":
+            for channel in world.channels.values():
+                channel.stalled_until = world.now + self.random.choice([0.3, 0.9, 2.0]) * LEASE
         elif name == "cancel":
-            self._cancel(RequestId(f"r{self.random.randrange(4)}"))
+            self._cancel(where)
         elif name == "full cache":
             worker = self.random.choice(workers)
             worker.post(worker.engine.pool.clear)
@@ -882,11 +910,19 @@ class History:
         if self.random.random() < 0.7:
             world.at(self.random.choice([0.35, 1.2]), partial(self._start, worker.id))
 
-    def _cancel(self, request: RequestId) -> None:
-        owner = self.world.workers.get(self.world.owner.get(request, WorkerId("nobody")))
-        if owner is not None and owner.alive and request not in self.world.over:
-            self.world.over[request] = "cancelled"
-            owner.post(owner.decode.cancel, request, 0)
+    def _one_of(self, workers: list[SimWorker], where: SimWorker | None) -> SimWorker:
+        """The one where it happens, or its peer."""
+        return where if where in workers and self.random.random() < 0.5 else self.random.choice(workers)
+
+    def _cancel(self, where: SimWorker | None) -> None:
+        world = self.world
+        running = [request for request in world.owner if request not in world.over]
+        busy = [request for request in running if where and any(request in transfer for transfer in where.transfers())]
+        for request in self.random.sample(busy or running, min(1, len(busy or running))):
+            owner = world.workers[world.owner[request]]
+            if owner.alive:
+                world.over[request] = "cancelled"
+                owner.post(owner.decode.cancel, request, 0)
 
 
 @pytest.fixture
