@@ -20,9 +20,11 @@ def pull(model: str) -> None:
       diptych pull smollm2-135m-instruct
     """
     from cluster.models import resolve
+    from cluster.terminal import Terminal
 
     try:
-        source = resolve(model, progress=lambda line: click.echo(line, err=True))
+        with Terminal() as terminal:
+            source = resolve(model, progress=terminal.tell)
     except UnknownModel as error:
         raise click.ClickException(str(error)) from error
     click.echo(source.path)
