@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from cluster.config.schema import Log
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
+FIELDS: Final = "diptych_fields"
+"""Where a record of `logging` carries an entry's fields."""
 LEVELS: Final[tuple[Level, ...]] = ("debug", "info", "warning", "error")
 
 

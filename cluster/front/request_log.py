@@ -10,6 +10,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final
 
+from cluster.journal import FIELDS
 from diptych.errors import DeadlineExceeded, Internal, Rejected, ServingError
 from diptych.rpc import reason_of
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _ID_CHARACTERS: Final = 128
-FIELDS: Final = "diptych_fields"
-"""Where a record of `logging` carries them."""
 _NO_FAULT_OF_OURS: Final = (Rejected, DeadlineExceeded, asyncio.CancelledError)
 
 

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Final
 
-from cluster.front.request_log import FIELDS
-from cluster.journal import Entry, Level
+from cluster.journal import FIELDS, Entry, Level
 
 _GATHER_SECONDS: Final = 0.05
 """Each batch is a message between processes: they cost more than the lines in them."""

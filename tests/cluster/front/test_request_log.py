@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from cluster.front.http import serve_http
-from cluster.front.request_log import FIELDS, RequestLog
+from cluster.front.request_log import RequestLog
+from cluster.journal import FIELDS
 from diptych import Client
 from diptych.errors import InvalidRequest, ServingError, UnknownModel, WorkerLost
 

@@ -7,8 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cluster.front.request_log import FIELDS
-from cluster.journal import Entry
+from cluster.journal import FIELDS, Entry
 from cluster.observe.log_outlet import LogOutlet
 
 SECRET = "the duck flies at midnight"
