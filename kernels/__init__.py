@@ -6,7 +6,7 @@ device. Nobody passes a backend name.
 """
 
 from kernels.reference.attention import DecodeTable, decode_attention, prefill_attention
-from kernels.reference.blocks import pack_blocks, unpack_blocks, write_kv
+from kernels.reference.blocks import write_kv
 from kernels.reference.elementwise import (
     apply_rope,
     geglu,
@@ -18,12 +18,15 @@ from kernels.reference.elementwise import (
     tanh_geglu,
     turn_table,
 )
+from kernels.reference.granules import GRANULE, Granules, granule_bytes, pack_granules, unpack_granules
 from kernels.reference.linear import linear, row_tile
 from kernels.reference.logits import Penalties, Places, Scores, allow_, ban_, bias_, penalise_, score
 from kernels.reference.sampling import Sampling, sample_tokens
 
 __all__ = [
+    "GRANULE",
     "DecodeTable",
+    "Granules",
     "Penalties",
     "Places",
     "Sampling",
@@ -34,8 +37,9 @@ __all__ = [
     "bias_",
     "decode_attention",
     "geglu",
+    "granule_bytes",
     "linear",
-    "pack_blocks",
+    "pack_granules",
     "penalise_",
     "prefill_attention",
     "rms_norm",
@@ -48,6 +52,6 @@ __all__ = [
     "swiglu",
     "tanh_geglu",
     "turn_table",
-    "unpack_blocks",
+    "unpack_granules",
     "write_kv",
 ]

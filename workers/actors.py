@@ -20,6 +20,7 @@ from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError, R
 from diptych.errors import Internal, Overloaded, ServingError, WorkerLost
 from diptych.types import (
     FrontId,
+    KvOffer,
     KvParcel,
     KvTicket,
     Outgoing,
@@ -81,6 +82,9 @@ class RayPeer:
         self._who = str(worker)
         self._handle = handle
 
+    async def offer(self) -> KvOffer:
+        return await answer(_remote(self._handle.offer), self._who)
+
     async def run(self, order: PrefillOrder) -> PrefillDone:
         return await answer(_remote(self._handle.run, order), self._who)
 
@@ -129,7 +133,7 @@ class WorkerActor:
 
     async def meet(self, peers: Mapping[WorkerId, Any]) -> None:
         """Handles of all other workers."""
-        self._it.meet({worker: RayPeer(worker, handle) for worker, handle in peers.items()})
+        await self._it.meet({worker: RayPeer(worker, handle) for worker, handle in peers.items()})
 
     async def report_to(self, scheduler: Any) -> None:  # noqa: ANN401
         """The scheduler's handle."""
@@ -173,6 +177,9 @@ class WorkerActor:
         return self._it.owns(request, attempt)
 
     # ---- peers ---------------------------------------------------------------------------------------
+
+    async def offer(self) -> KvOffer:
+        return await self._it.offer()
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
         return await self._it.run(order)

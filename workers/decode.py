@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from diptych.errors import Internal, Rejected, ServingError, TransferFailed, WorkerLost
+from diptych.errors import Internal, LayoutMismatch, Rejected, ServingError, TransferFailed, WorkerLost
+from diptych.hashing import granules_per_block
 from diptych.types import (
     Failure,
     How,
-    KvParcel,
     KvTicket,
-    PairAddress,
     Placement,
     PrefillDone,
     PrefillOrder,
@@ -35,9 +31,7 @@ from workers.engine.sampling import Sampled
 from workers.engine.sequence import Sequence
 from workers.peers import Effects
 from workers.tombstones import Tombstones
-from workers.transfer.checksum import Verifier
-from workers.transfer.link import MeetingPlace, PairLink
-from workers.transfer.pair import ReceiverPair
+from workers.transfer.receiving import Inbound, Receiver, granules_of
 from workers.transfer.states import State, Tally, Transfer
 
 Key = tuple[RequestId, int]
@@ -49,14 +43,14 @@ class _Handoff:
     """A prompt's KV on its way here."""
 
     prefill: WorkerId
-    transfer: Transfer
+    inbound: Inbound
     reply: GrantReply | None = None
     """Prefill waits for its ticket."""
-    ticket: KvTicket | None = None
-    landed: int = 0
-    """Blocks that are here."""
     done: PrefillDone | None = None
-    deadline: float = float("inf")
+
+    @property
+    def transfer(self) -> Transfer:
+        return self.inbound.transfer
 
 
 @dataclass(slots=True, eq=False)
@@ -72,17 +66,15 @@ class _Answer:
     computed_elsewhere: int = 0
     cached_elsewhere: int | None = None
     blocks_received: int = 0
+    bytes_received: int = 0
     spoke: bool = False
     """A token of it was sampled here."""
 
 
 @dataclass(slots=True)
 class DecodeCounters:
-    blocks_received: int = 0
-    bytes_received: int = 0
     finished: int = 0
     cancelled: int = 0
-    corrupt_parcels: int = 0
     tally: Tally = field(default_factory=Tally)
 
     @property
@@ -99,20 +91,13 @@ class DecodeCounters:
 class DecodeRole:
     """Requests of fronts, by id and attempt."""
 
-    def __init__(
-        self, engine: Engine, spec: WorkerSpec, effects: Effects, post: Callable[..., None], place: MeetingPlace
-    ) -> None:
+    def __init__(self, engine: Engine, spec: WorkerSpec, effects: Effects, receiver: Receiver) -> None:
         self._engine = engine
         self._spec = spec
         self._effects = effects
-        self._post = post
-        self._place = place
-        self._verifier = Verifier(spec.verify, spec.secret)
+        self._receiver = receiver
         self._answers: dict[Key, _Answer] = {}
         self._by_sequence: dict[Sequence, _Answer] = {}
-        self._by_transfer: dict[TransferId, _Answer] = {}
-        self._pairs: dict[WorkerId, ReceiverPair] = {}
-        self._epochs: dict[WorkerId, int] = {}
         self._tombstones = Tombstones()
         self.counters = DecodeCounters()
 
@@ -161,56 +146,11 @@ class DecodeRole:
         handoff.reply = reply
         self._engine.add(answer.sequence)
 
-    def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
-        """Receive it whatever became of its ticket: the pair's order must hold.
-
-        The one method for any thread: a receive that waited for a step would stall the sender.
-        """
-        self._post(self._announced, parcel)  # first: it must not overtake the landing
-        pair = self._pairs.get(sender)
-        if pair is not None and pair.address.epoch == parcel.epoch:
-            pair.expect(parcel)
-
-    def _announced(self, parcel: KvParcel) -> None:
-        answer = self._by_transfer.get(parcel.transfer)
-        handoff = answer.handoff if answer else None
-        if handoff is None or handoff.transfer.state not in (State.GRANTED, State.SENDING):
-            return  # it is over, or said twice
-        handoff.transfer.advance(State.SENDING)
-        self._touch(handoff)
-
-    def landed(self, parcel: KvParcel, packed: Tensor) -> None:
-        """A parcel's bytes are here, in a buffer that is the ticket's alone."""
-        answer = self._by_transfer.get(parcel.transfer)
-        handoff = answer.handoff if answer else None
-        if answer is None or handoff is None or handoff.ticket is None:
-            return  # its ticket is over: the bytes are dropped
-        ticket = handoff.ticket
-        blocks = ticket.blocks[parcel.first : parcel.first + parcel.count]
-        problem = self._problem(answer, ticket, parcel, packed)
-        if problem:
-            self.counters.corrupt_parcels += 1
-            self._recover(answer, State.FAILED, problem)
-            return
-        self._engine.unpack(blocks, packed)
-        self.counters.blocks_received += parcel.count
-        self.counters.bytes_received += parcel.nbytes
-        handoff.landed += parcel.count
-        self._touch(handoff)
-        self._try_commit(answer)
-
     def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
         """The sender gave up."""
         answer = self._answers.get((request, attempt))
         if answer and answer.handoff:
-            self._doubt(answer, answer.handoff, State.FAILED, reason)
-
-    def peer_left(self, prefill: WorkerId) -> None:
-        """It died: its hand-offs are computed here, and whoever takes its name gets a new pair."""
-        for answer in list(self._by_transfer.values()):
-            if answer.handoff and answer.handoff.prefill == prefill:
-                self._recover(answer, State.FAILED, f"{prefill} left")
-        self._retire_pair(prefill, f"{prefill} left")
+            self._recover(answer, State.FAILED, reason, in_doubt=True)
 
     # ---- around a step ----------------------------------------------------------------------------------
 
@@ -229,14 +169,6 @@ class DecodeRole:
                 self._effects.emit(answer.request.front, Failure(answer.request.id, answer.attempt, error))
                 self._end(answer, str(error))
 
-    def tick(self) -> None:
-        """Leases that ran out."""
-        now = self._effects.now()
-        reason = f"no progress for {self._spec.lease_seconds} s"
-        for answer in list(self._by_transfer.values()):
-            if answer.handoff and answer.handoff.deadline <= now:
-                self._doubt(answer, answer.handoff, State.EXPIRED, reason)
-
     def fail_all(self, reason: str) -> None:
         """The engine broke: every front hears of it."""
         for answer in self._answers.values():
@@ -247,12 +179,6 @@ class DecodeRole:
         """Who may hold blocks on behalf of this role."""
         sequences = [answer.sequence for answer in self._answers.values()]
         return {name for sequence in sequences for name in (sequence.owner, sequence.ticket)}
-
-    def close(self) -> None:
-        for pair in self._pairs.values():
-            pair.close()
-        for pair in self._pairs.values():
-            pair.wait_closed(self._spec.lease_seconds)
 
     # ---- an answer ----------------------------------------------------------------------------------------
 
@@ -267,32 +193,36 @@ class DecodeRole:
 
     def _hand_over(self, answer: _Answer, prefill: WorkerId) -> None:
         transfer = TransferId(f"{answer.request.id}#{answer.attempt}>{self._spec.id}")
-        answer.handoff = _Handoff(prefill, Transfer(transfer, self.counters.tally))
-        self._by_transfer[transfer] = answer
+        inbound = Inbound(
+            Transfer(transfer, self.counters.tally),
+            prefill,
+            progressed=lambda: self._try_commit(answer),
+            failed=lambda how, reason: self._recover(answer, how, reason),
+        )
+        answer.handoff = _Handoff(prefill, inbound)
+        self._receiver.begin(inbound)
         order = PrefillOrder(request=answer.request, attempt=answer.attempt, decode=self._spec.id)
         self._effects.order(prefill, order, lambda done: self._prefilled(answer, done))
 
     def _write_ticket(self, answer: _Answer) -> None:
-        handoff, sequence, pool = answer.handoff, answer.sequence, self._engine.pool
+        handoff, sequence = answer.handoff, answer.sequence
         assert handoff is not None, "room is only given to a hand-off"
         assert handoff.reply is not None, "room is only given to a hand-off that asked"
-        blocks = tuple(pool.blocks_of(sequence.ticket))
-        handoff.ticket = KvTicket(
-            transfer=handoff.transfer.id,
-            request=answer.request.id,
-            attempt=answer.attempt,
-            decode=self._spec.id,
-            first=sequence.named,
-            blocks=blocks,
-            generations=tuple(pool.generation(block) for block in blocks),
-            lease_seconds=self._spec.lease_seconds,
-            link=self._spec.link,
-            address=self._pair(handoff.prefill).address,
-        )
-        handoff.transfer.advance(State.GRANTED)
+        try:
+            ticket = self._receiver.promise(
+                handoff.inbound,
+                answer.request.id,
+                answer.attempt,
+                owner=sequence.ticket,
+                blocks=sequence.blocks,
+                first=sequence.named * granules_per_block(sequence.block_size),
+                granules=granules_of(sequence.prompt_length),
+            )
+        except (LayoutMismatch, TransferFailed) as error:
+            self._recover(answer, State.FAILED, str(error))
+            return
         reply, handoff.reply = handoff.reply, None
-        reply(handoff.ticket)
-        self._touch(handoff)
+        reply(ticket)
         self._try_commit(answer)
 
     def _prefilled(self, answer: _Answer, done: PrefillDone | ServingError) -> None:
@@ -304,42 +234,36 @@ class DecodeRole:
             self._end(answer, str(done), tell_prefill=False)
             return
         if isinstance(done, ServingError):
-            self._recover(answer, State.FAILED, str(done))
-            if isinstance(done, WorkerLost):
-                self._retire_pair(handoff.prefill, str(done))
+            self._recover(answer, State.FAILED, str(done), in_doubt=isinstance(done, WorkerLost))
             return
         if done.first.finish:  # prefill spoke the first and last token
             self.counters.finished += 1
             self._end(answer, "ended at its first token", tell_prefill=False)
             return
         handoff.done = done
+        handoff.inbound.is_computed = True
         answer.computed_elsewhere, answer.cached_elsewhere = done.computed_tokens, done.cached_tokens
-        self._touch(handoff)
+        self._receiver.touch(handoff.inbound)
         self._try_commit(answer)
 
     def _try_commit(self, answer: _Answer) -> None:
         handoff = answer.handoff
-        if handoff is None or handoff.ticket is None or handoff.landed < len(handoff.ticket.blocks):
+        if handoff is None or handoff.done is None or not handoff.inbound.is_complete:
             return
+        promise = handoff.inbound.promise
+        assert promise is not None, "only what was promised can be complete"
         handoff.transfer.advance(State.LANDED)
-        if handoff.done is None:
-            return
         handoff.transfer.advance(State.COMMITTED)
-        answer.blocks_received = len(handoff.ticket.blocks)
+        answer.blocks_received, answer.bytes_received = len(promise.generations), promise.nbytes
         self._effects.emit(answer.request.front, handoff.done.first)
         self._engine.join(answer.sequence, handoff.done.first.token)
         transfer = handoff.transfer.id
         self._effects.call(handoff.prefill, lambda peer: peer.committed(transfer))
         handoff.transfer.advance(State.RELEASED)
-        self._forget_handoff(answer)
+        self._receiver.end(handoff.inbound)
+        answer.handoff = None
 
-    def _doubt(self, answer: _Answer, handoff: _Handoff, how: State, reason: str) -> None:
-        """Whatever broke under a ticket, its pair is in doubt: it is rebuilt."""
-        self._recover(answer, how, reason)
-        if handoff.ticket:
-            self._retire_pair(handoff.prefill, reason)
-
-    def _recover(self, answer: _Answer, how: State, reason: str) -> None:
+    def _recover(self, answer: _Answer, how: State, reason: str, *, in_doubt: bool = False) -> None:
         """No commit: what was promised is void, and the prompt is computed here."""
         handoff = answer.handoff
         if handoff is None or not handoff.transfer.end(how, reason):
@@ -348,7 +272,8 @@ class DecodeRole:
             handoff.reply(None)
         request, attempt = answer.request.id, answer.attempt
         self._effects.call(handoff.prefill, lambda peer: peer.withdraw(request, attempt))
-        self._forget_handoff(answer)
+        answer.handoff = None
+        self._receiver.end(handoff.inbound, in_doubt=in_doubt, reason=reason)
         self._engine.drop(answer.sequence)
         del self._by_sequence[answer.sequence]
         again = self._sequence(answer.request, attempt, answer.sequence.arrival, remote=False)
@@ -383,7 +308,7 @@ class DecodeRole:
             prompt_tokens_computed=answer.computed_elsewhere + sequence.computed_tokens,
             cached_tokens=cached,
             kv_blocks_sent=answer.blocks_received,
-            kv_bytes_sent=answer.blocks_received * self._engine.layout.block_bytes,
+            kv_bytes_sent=answer.bytes_received,
         )
 
     def _end(self, answer: _Answer, reason: str, *, tell_prefill: bool = True) -> None:
@@ -396,70 +321,8 @@ class DecodeRole:
             if tell_prefill:
                 request, attempt = answer.request.id, answer.attempt
                 self._effects.call(handoff.prefill, lambda peer: peer.withdraw(request, attempt))
-            self._forget_handoff(answer)
+            self._receiver.end(handoff.inbound)
+            answer.handoff = None
         del self._answers[answer.request.id, answer.attempt]
         del self._by_sequence[answer.sequence]
         self._engine.drop(answer.sequence)
-
-    def _forget_handoff(self, answer: _Answer) -> None:
-        assert answer.handoff is not None
-        del self._by_transfer[answer.handoff.transfer.id]
-        answer.handoff = None
-
-    def _touch(self, handoff: _Handoff) -> None:
-        """Something moved. The lease only runs while the next move is the link's or the peer's engine's."""
-        if handoff.done is not None or handoff.transfer.state is State.SENDING:
-            handoff.deadline = self._effects.now() + self._spec.lease_seconds
-
-    # ---- pairs ------------------------------------------------------------------------------------------------
-
-    def _problem(self, answer: _Answer, ticket: KvTicket, parcel: KvParcel, packed: Tensor) -> str | None:
-        """Why this parcel must not land; None when it may."""
-        blocks = ticket.blocks[parcel.first : parcel.first + parcel.count]
-        promised = ticket.generations[parcel.first : parcel.first + parcel.count]
-        pool = self._engine.pool
-        if len(blocks) != parcel.count or packed.numel() != parcel.count * self._engine.layout.block_bytes:
-            return f"parcel {parcel.sequence} does not fit its ticket"
-        if parcel.first != (answer.handoff.landed if answer.handoff else -1):
-            return f"parcel {parcel.sequence} came out of order"
-        if pool.kind(answer.sequence.ticket) != "ticket" or promised != tuple(map(pool.generation, blocks)):
-            return "its blocks were given away"
-        if not self._verifier.agrees(packed, parcel.sequence, parcel.checksum):
-            return f"parcel {parcel.sequence} is corrupt"
-        return None
-
-    def _pair(self, prefill: WorkerId) -> ReceiverPair:
-        pair = self._pairs.get(prefill)
-        if pair is None:
-            epoch = self._epochs[prefill] = self._epochs.get(prefill, 0) + 1
-            address = PairAddress(
-                host=self._place.host,
-                port=self._place.port,
-                key=f"{prefill}>{self._spec.id}.{self._spec.epoch}",
-                epoch=epoch,
-            )
-            device = torch.device(self._spec.device)
-            link = PairLink(self._spec.link, "receiver", self._spec.host, device, self._spec.lease_seconds)
-            pair = self._pairs[prefill] = ReceiverPair(
-                link,
-                address,
-                self._place,
-                lambda parcel, packed: self._post(self.landed, parcel, packed),
-                lambda error: self._post(self._pair_broken, prefill, address, error),
-            )
-        return pair
-
-    def _pair_broken(self, prefill: WorkerId, address: PairAddress, error: TransferFailed) -> None:
-        pair = self._pairs.get(prefill)
-        if pair is not None and pair.address == address:
-            self._retire_pair(prefill, str(error))
-
-    def _retire_pair(self, prefill: WorkerId, reason: str) -> None:
-        """Its tickets are void, its sender's wait ends at once, and the next ticket opens a new one."""
-        pair = self._pairs.pop(prefill, None)
-        if pair is None:
-            return
-        pair.close()
-        for answer in list(self._by_transfer.values()):
-            if answer.handoff and answer.handoff.ticket and answer.handoff.ticket.address == pair.address:
-                self._recover(answer, State.FAILED, reason)

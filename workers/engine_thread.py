@@ -19,6 +19,8 @@ from workers.decode import DecodeRole
 from workers.engine.engine import Engine
 from workers.prefill import PrefillRole
 from workers.report_pace import ReportPace
+from workers.transfer.receiving import Receiver
+from workers.transfer.sending import Sender
 
 _IDLE_SECONDS = 0.25
 """An idle engine looks at its leases this often."""
@@ -53,6 +55,13 @@ class Roles:
     engine: Engine
     prefill: PrefillRole
     decode: DecodeRole
+    sender: Sender
+    receiver: Receiver
+
+    def close(self) -> None:
+        """Every wait for another worker ends."""
+        self.sender.close()
+        self.receiver.close()
 
 
 class EngineThread:
@@ -135,15 +144,14 @@ class EngineThread:
             listener.broke(error)
         finally:
             self._ended = True
-            roles.prefill.close()
-            roles.decode.close()
+            roles.close()
 
     def _run(self, roles: Roles, listener: Listener, take_step: Callable[[], Mapping[FrontId, list[Outgoing]]]) -> None:
         engine, pace, progress, finished = roles.engine, ReportPace(), False, 0
         while (heard := self._drain(wait=not progress)) is not None:
             self._moved, self._busy = time.monotonic(), True
             roles.prefill.tick()
-            roles.decode.tick()
+            roles.receiver.tick()
             plan = engine.plan()
             roles.decode.before_step(plan)
             roles.prefill.before_step(plan)
@@ -194,10 +202,10 @@ class EngineThread:
             engine.counters(),
             requests_finished=decode.finished,
             requests_cancelled=decode.cancelled + prefill.cancelled,
-            blocks_sent=prefill.blocks_sent,
-            bytes_sent=prefill.bytes_sent,
-            blocks_received=decode.blocks_received,
-            bytes_received=decode.bytes_received,
+            blocks_sent=roles.sender.counters.blocks,
+            bytes_sent=roles.sender.counters.nbytes,
+            blocks_received=roles.receiver.counters.blocks,
+            bytes_received=roles.receiver.counters.nbytes,
             transfers_committed=decode.committed,
             transfers_failed=decode.failed + prefill.failed,
             leaked_blocks=self._leaked,

@@ -1,6 +1,6 @@
 """What workers say to each other about a request. Knows neither Ray nor the engine.
 
-D → P: run, is_pending, committed, withdraw.   P → D: grant, expect, transfer_failed.
+Both: offer.   D → P: run, is_pending, committed, withdraw.   P → D: grant, expect, transfer_failed.
 Every one is idempotent, and late ones about a request that is over change nothing.
 """
 
@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from diptych.errors import ServingError
 from diptych.types import (
     FrontId,
+    KvOffer,
     KvParcel,
     KvTicket,
     Outgoing,
@@ -27,6 +28,10 @@ T = TypeVar("T")
 
 class Peer(Protocol):
     """Another worker."""
+
+    async def offer(self) -> KvOffer:
+        """What it is to those who may receive its KV."""
+        ...
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
         """Compute the prompt, hand its KV over, send the first token to the front."""

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from diptych.errors import ServingError, TransferFailed
+from diptych.hashing import GRANULE
 from diptych.types import (
     Failure,
-    KvParcel,
     KvTicket,
-    PairAddress,
     PrefillDone,
     PrefillOrder,
     RequestId,
@@ -30,9 +27,8 @@ from workers.engine.sampling import Sampled
 from workers.engine.sequence import Sequence
 from workers.peers import Effects
 from workers.tombstones import Tombstones
-from workers.transfer.checksum import Verifier
-from workers.transfer.link import PairLink
-from workers.transfer.pair import SenderPair, Shipment
+from workers.transfer.receiving import granules_of
+from workers.transfer.sending import Outbound, Sender
 from workers.transfer.states import State, Tally, Transfer
 
 Reply = Callable[[PrefillDone | ServingError], None]
@@ -47,20 +43,13 @@ class _Job:
     transfer: Transfer
     reply: Reply
     deadline: float
+    outbound: Outbound
     asked: bool = False
-    ticket: KvTicket | None = None
-    next_block: int = 0
-    """The first block of the prompt that was not shipped yet."""
-    on_the_way: int = 0
-    """Parcels handed to the link and not yet taken."""
     done: bool = False
-    blocks_sent: int = 0
 
 
 @dataclass(slots=True)
 class PrefillCounters:
-    blocks_sent: int = 0
-    bytes_sent: int = 0
     cancelled: int = 0
     tally: Tally = field(default_factory=Tally)
 
@@ -73,14 +62,13 @@ class PrefillCounters:
 class PrefillRole:
     """Orders of decode workers, by request and attempt."""
 
-    def __init__(self, engine: Engine, spec: WorkerSpec, effects: Effects, post: Callable[..., None]) -> None:
+    def __init__(self, engine: Engine, spec: WorkerSpec, effects: Effects, sender: Sender) -> None:
         self._engine = engine
         self._spec = spec
         self._effects = effects
-        self._post = post
+        self._sender = sender
         self._jobs: dict[tuple[RequestId, int], _Job] = {}
         self._by_sequence: dict[Sequence, _Job] = {}
-        self._pairs: dict[WorkerId, SenderPair] = {}
         self._tombstones = Tombstones()
         self.counters = PrefillCounters()
 
@@ -104,7 +92,14 @@ class PrefillRole:
             block_size=self._engine.limits.block_size,
         )
         # The deadline runs from the moment there is something to wait for: see `_touch`.
-        job = _Job(order, sequence, Transfer(_transfer_id(order), self.counters.tally), reply, float("inf"))
+        transfer = Transfer(_transfer_id(order), self.counters.tally)
+        outbound = Outbound(
+            transfer,
+            order.decode,
+            moved=lambda: self._touch(job),
+            failed=lambda reason: self._fail(job, reason),
+        )
+        job = _Job(order, sequence, transfer, reply, float("inf"), outbound)
         self._jobs[key] = self._by_sequence[sequence] = job
         self._engine.add(sequence)
 
@@ -130,11 +125,10 @@ class PrefillRole:
         job.transfer.advance(State.COMMITTED)
         self._end(job, State.RELEASED)
 
-    def peer_left(self, decode: WorkerId) -> None:
+    def peer_left(self, decode: WorkerId, reason: str) -> None:
         """It died: nobody waits for its prompts."""
         for job in [job for job in self._jobs.values() if job.order.decode == decode]:
-            self._end(job, State.FAILED, f"{decode} left")
-        self._retire_pair(decode, f"{decode} left")
+            self._end(job, State.FAILED, reason)
 
     # ---- around a step ------------------------------------------------------------------------------
 
@@ -179,12 +173,6 @@ class PrefillRole:
         """Who may hold blocks on behalf of this role."""
         return {job.sequence.owner for job in self._jobs.values()}
 
-    def close(self) -> None:
-        for pair in self._pairs.values():
-            pair.close()
-        for pair in self._pairs.values():
-            pair.wait_closed(self._spec.lease_seconds)
-
     # ---- a job --------------------------------------------------------------------------------------
 
     def _granted(self, job: _Job, ticket: KvTicket | ServingError | None) -> None:
@@ -196,15 +184,7 @@ class PrefillRole:
         if isinstance(ticket, ServingError):
             self._fail(job, f"no room at {job.order.decode}: {ticket}")
             return
-        if ticket.link != self._spec.link:
-            self._fail(job, f"{ticket.decode} receives over {ticket.link}, we send over {self._spec.link}")
-            return
-        if self._is_stale(ticket):
-            self._fail(job, "its pair was rebuilt")
-            return
-        job.ticket = ticket
-        job.next_block = ticket.first
-        job.transfer.advance(State.GRANTED)
+        self._sender.accept(job.outbound, ticket)
         self._touch(job)
         self._ship(job)
 
@@ -218,8 +198,8 @@ class PrefillRole:
             decode_worker=job.order.decode,
             prompt_tokens_computed=sequence.computed_tokens,
             cached_tokens=sequence.cached_tokens,
-            kv_blocks_sent=job.blocks_sent,
-            kv_bytes_sent=job.blocks_sent * self._engine.layout.block_bytes,
+            kv_blocks_sent=job.outbound.blocks_sent,
+            kv_bytes_sent=job.outbound.bytes_sent,
         )
         first = sampled.emission(served)
         self._effects.emit(request.front, first)
@@ -233,93 +213,10 @@ class PrefillRole:
         self._touch(job)
 
     def _ship(self, job: _Job) -> None:
-        """One parcel of the blocks that are complete, granted and not yet sent."""
-        ticket, sequence = job.ticket, job.sequence
-        if ticket is None or not job.transfer.live:
-            return
-        ready = sequence.prompt_blocks if job.done else min(sequence.full_blocks, sequence.prompt_blocks)
-        blocks = sequence.blocks[job.next_block : ready]
-        if blocks:
-            job.transfer.advance(State.PACKING)
-            packed = self._engine.pack(blocks)
-            parcel = KvParcel(
-                transfer=ticket.transfer,
-                epoch=ticket.address.epoch,
-                sequence=0,  # the pair numbers it when it leaves
-                first=job.next_block - ticket.first,
-                count=len(blocks),
-                nbytes=packed.numel(),
-            )
-            job.next_block = ready
-            job.on_the_way += 1
-            self._pair(job.order.decode, ticket).ship(self._shipment(job, parcel, packed))
-            job.transfer.advance(State.SENDING)
-        self._landed_all(job)
-
-    def _shipment(self, job: _Job, parcel: KvParcel, packed: torch.Tensor) -> Shipment:
-        assert job.ticket is not None, "only a granted hand-off is sent"
-        decode, me, address = job.order.decode, self._spec.id, job.ticket.address
-
-        def announce(parcel: KvParcel) -> None:
-            self._effects.call(
-                decode, lambda peer: peer.expect(me, parcel), lambda answer: self._announced(decode, address, answer)
-            )
-
-        def sent(parcel: KvParcel) -> None:
-            self._post(self._sent, job, parcel)
-
-        return Shipment(parcel=parcel, packed=packed, announce=announce, sent=sent)
-
-    def _announced(self, decode: WorkerId, address: PairAddress, answer: ServingError | None) -> None:
-        if answer is not None:  # decode doesn't receive: what is sent after it would wait for it
-            self._pair_broken(decode, address, answer)
-
-    def _sent(self, job: _Job, parcel: KvParcel) -> None:
-        self.counters.blocks_sent += parcel.count
-        self.counters.bytes_sent += parcel.nbytes
-        job.blocks_sent += parcel.count
-        job.on_the_way -= 1
-        if job.transfer.live:
-            self._touch(job)
-            self._landed_all(job)
-
-    def _landed_all(self, job: _Job) -> None:
-        if job.done and not job.on_the_way and job.next_block >= job.sequence.prompt_blocks:
-            job.transfer.advance(State.LANDED)
-
-    def _is_stale(self, ticket: KvTicket) -> bool:
-        """Whether a later ticket of the same decode worker already opened a later pair."""
-        pair = self._pairs.get(ticket.decode)
-        return pair is not None and pair.address.key == ticket.address.key and pair.address.epoch > ticket.address.epoch
-
-    def _pair(self, decode: WorkerId, ticket: KvTicket) -> SenderPair:
-        pair = self._pairs.get(decode)
-        if pair and pair.address == ticket.address:
-            return pair
-        if pair:
-            self._retire_pair(decode, "its pair was rebuilt")
-        device = torch.device(self._spec.device)
-        link = PairLink(self._spec.link, "sender", self._spec.host, device, self._spec.lease_seconds)
-        verifier = Verifier(self._spec.verify, self._spec.secret)
-        pair = self._pairs[decode] = SenderPair(
-            link, ticket.address, verifier, lambda error: self._post(self._pair_broken, decode, ticket.address, error)
-        )
-        return pair
-
-    def _pair_broken(self, decode: WorkerId, address: PairAddress, error: ServingError) -> None:
-        pair = self._pairs.get(decode)
-        if pair is not None and pair.address == address:
-            self._retire_pair(decode, str(error))
-
-    def _retire_pair(self, decode: WorkerId, reason: str) -> None:
-        """Its tickets are void: nothing must open it again."""
-        pair = self._pairs.pop(decode, None)
-        if pair is None:
-            return
-        pair.close()
-        for job in list(self._jobs.values()):
-            if job.ticket is not None and job.ticket.address == pair.address:
-                self._fail(job, reason)
+        sequence = job.sequence
+        computed = min(sequence.computed, sequence.prompt_length)
+        ready = granules_of(sequence.prompt_length) if job.done else computed // GRANULE
+        self._sender.ship(job.outbound, sequence.blocks, ready)
 
     def _fail(self, job: _Job, reason: str) -> None:
         """Tell decode at once: it computes the prompt itself, and withdraws what is left here."""
@@ -328,7 +225,7 @@ class PrefillRole:
         self._end(job, State.FAILED, reason)
 
     def _touch(self, job: _Job) -> None:
-        if job.done or job.ticket is not None:
+        if job.done or job.outbound.ticket is not None:
             job.deadline = self._effects.now() + self._spec.lease_seconds
 
     def _reply(self, job: _Job, answer: PrefillDone | ServingError) -> None:
@@ -341,6 +238,7 @@ class PrefillRole:
         self._reply(job, TransferFailed(f"{job.order.request.id}: {how.value} {reason}"))
         del self._jobs[job.order.request.id, job.order.attempt]
         del self._by_sequence[job.sequence]
+        self._sender.end(job.outbound)
         self._engine.drop(job.sequence)
 
 

@@ -16,9 +16,19 @@ from typing import Any, TypeVar
 import torch
 
 from diptych.build import build_identity
-from diptych.errors import Draining, InvalidRequest, PromptTooLong, ServingError, TransferFailed, WorkerLost
+from diptych.errors import (
+    Draining,
+    InvalidRequest,
+    LayoutMismatch,
+    PromptTooLong,
+    ServingError,
+    TransferFailed,
+    WorkerLost,
+)
 from diptych.types import (
     FrontId,
+    KvLayout,
+    KvOffer,
     KvParcel,
     KvTicket,
     Outgoing,
@@ -35,7 +45,8 @@ from diptych.types import (
 )
 from workers.calls import Calls
 from workers.decode import DecodeRole
-from workers.engine.engine import Engine, EngineLimits
+from workers.engine.engine import Engine, EngineLimits, layout_of
+from workers.engine.kv_memory import KvMemory
 from workers.engine.model import Model
 from workers.engine.weights import TORCH_DTYPE, load_weights
 from workers.engine_thread import EngineThread, Roles, Snapshot
@@ -44,7 +55,12 @@ from workers.outbox import Outbox
 from workers.peers import Peer
 from workers.prefill import PrefillRole
 from workers.reporter import Reporter
+from workers.transfer.acquaintance import Acquaintance, Neighbours
+from workers.transfer.doorway import Doorway
 from workers.transfer.link import MeetingPlace
+from workers.transfer.receiving import Receiver
+from workers.transfer.sending import Sender
+from workers.transfer.shared_arena import SharedArena
 
 T = TypeVar("T")
 _LAST_WORDS_SECONDS = 1.0
@@ -54,8 +70,10 @@ _LAST_WORDS_SECONDS = 1.0
 class Worker:
     """`start` first, `meet` the others, then requests; `stop` ends everything it began."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, neighbours: Neighbours | None = None) -> None:
+        """`neighbours`: workers of this process, which may read each other's KV."""
         self.spec = spec
+        self._neighbours = Neighbours() if neighbours is None else neighbours
         self._loop = asyncio.get_running_loop()
         self._engine = EngineThread(spec.id, spec.threads)
         self._calls = Calls(self._engine.post, spec.lease_seconds)
@@ -67,7 +85,11 @@ class Worker:
         """Orders of decode workers that were not answered yet."""
         self._unanswered: set[asyncio.Future[Any]] = set()
         self._broken: asyncio.Future[BaseException] = self._loop.create_future()
+        self._arena: SharedArena | None = None
+        self._doorway: Doorway | None = None
         self._roles: Roles
+        self._acquaintance: Acquaintance
+        self._offer: KvOffer
         self.info: WorkerInfo
 
     # ---- life -----------------------------------------------------------------------------------------
@@ -85,13 +107,33 @@ class Worker:
         self._engine.start(lambda: (self._build(), self, self._calls.take_step), hear)
         self._roles = await ready
         self.info = self._describe(self._roles.engine)
+        self._offer = KvOffer(
+            worker=self.spec.id,
+            epoch=self.spec.epoch,
+            layout=self._roles.engine.layout,
+            device=self.spec.device,
+            mapped=self._doorway.address if self._doorway else "",
+        )
+        self._acquaintance = Acquaintance(self.spec, self._roles.engine.layout, self._neighbours)
         return self.info
 
-    def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
-        """All the other members, from now on."""
+    async def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
+        """All the other members, from now on. Returns when it is known how their KV comes here."""
         for worker in self._calls.meet(dict(peers)):
-            self._engine.post(self._roles.decode.peer_left, worker)
-            self._engine.post(self._roles.prefill.peer_left, worker)
+            for side in (self._roles.receiver, self._roles.sender, self._roles.prefill):
+                self._engine.post(side.peer_left, worker, f"{worker} left")
+        await asyncio.gather(*(self._meet(worker, peer) for worker, peer in peers.items()))
+
+    async def _meet(self, worker: WorkerId, peer: Peer) -> None:
+        try:
+            offer = await asyncio.wait_for(peer.offer(), self.spec.lease_seconds)
+        except (ServingError, TimeoutError):
+            return  # it is dying, and whoever follows it will be met
+        try:
+            source = await asyncio.to_thread(self._acquaintance.source, offer)
+        except (LayoutMismatch, TransferFailed) as error:
+            source = error
+        self._engine.post(self._roles.receiver.met, worker, source)
 
     def report_to(self, report: Callable[[Report], Awaitable[bool]]) -> None:
         """Where reports go. A new scheduler gets a full one."""
@@ -101,6 +143,10 @@ class Worker:
         """Streams end, links close, the engine stops after its step. Whether all did in time."""
         self._stopping = True
         stopped = await asyncio.to_thread(self._engine.stop, timeout_seconds)
+        if self._doorway and self._arena:
+            self._neighbours.remove(self.spec.id, self.spec.epoch)
+            self._doorway.close()
+            self._arena.close()
         self._end(WorkerLost(f"{self.spec.id} stopped"))
         return stopped
 
@@ -160,6 +206,9 @@ class Worker:
 
     # ---- peers (workers.peers.Peer) -----------------------------------------------------------------------
 
+    async def offer(self) -> KvOffer:
+        return self._offer
+
     async def run(self, order: PrefillOrder) -> PrefillDone:
         key = (order.request.id, order.attempt)
         if key in self._orders:
@@ -183,7 +232,7 @@ class Worker:
         return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
-        self._roles.decode.expect(sender, parcel)
+        self._roles.receiver.expect(sender, parcel)
 
     async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
         self._engine.post(self._roles.decode.transfer_failed, request, attempt, reason)
@@ -253,11 +302,23 @@ class Worker:
             max_running=spec.max_running,
             max_context=min(config.context, blocks * spec.block_size),
         )
-        engine = Engine(model, limits, dtype=spec.dtype, device=device)
+        memory = self._share(layout_of(config, spec.block_size, spec.dtype), blocks, device)
+        engine = Engine(model, limits, dtype=spec.dtype, device=device, memory=memory)
         place = MeetingPlace(spec.host, spec.lease_seconds)
-        prefill = PrefillRole(engine, spec, self._calls, self._engine.post)
-        decode = DecodeRole(engine, spec, self._calls, self._engine.post, place)
-        return Roles(engine=engine, prefill=prefill, decode=decode)
+        sender = Sender(engine, spec, self._calls, self._engine.post)
+        receiver = Receiver(engine, spec, self._calls, self._engine.post, place)
+        prefill = PrefillRole(engine, spec, self._calls, sender)
+        decode = DecodeRole(engine, spec, self._calls, receiver)
+        return Roles(engine=engine, prefill=prefill, decode=decode, sender=sender, receiver=receiver)
+
+    def _share(self, layout: KvLayout, blocks: int, device: torch.device) -> KvMemory | None:
+        """The KV memory that others may read; None where it is the engine's alone."""
+        if self.spec.link in ("gloo", "nccl"):
+            return None
+        self._arena = SharedArena(layout, blocks, device)
+        self._doorway = Doorway(self._arena, self.spec.secret)
+        self._neighbours.add(self.spec.id, self.spec.epoch, self._arena)
+        return self._arena.memory
 
     def _describe(self, engine: Engine) -> WorkerInfo:
         return WorkerInfo(

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 
+_ATTENTION_TOKENS = 256
+"""Whole blocks have to fill it (kernels.reference.attention.SPLIT)."""
+
+
 def _bytes_or_auto(value: object) -> object:
     size = parse_size(value) if isinstance(value, str) and value != "auto" else value
     if isinstance(size, int) and size <= 0:
@@ -35,6 +39,8 @@ def _address(text: str) -> str:
 
 def _block_size(tokens: int) -> int:
     granules_per_block(tokens)
+    if _ATTENTION_TOKENS % tokens:
+        raise ValueError(f"should be 16, 32, 64, 128 or 256: attention reads {_ATTENTION_TOKENS} tokens at a time")
     return tokens
 
 
@@ -125,20 +131,18 @@ class Kv(Section):
     """The KV cache and how it crosses from prefill to decode."""
 
     block_size: Annotated[Positive, AfterValidator(_block_size)] = 16
-    """Tokens per block, a multiple of 16."""
+    """Tokens per block: 16, 32, 64, 128 or 256."""
     memory: Memory = "auto"
     """Of each worker's cache: auto, bytes, or a size like 512MiB."""
     link: Annotated[
         Literal["auto", "loopback", "mapped", "gloo", "nccl"],
-        _honoured("auto, gloo or nccl", "workers can't map a peer's memory yet", "mapped"),
-        _honoured("auto, gloo or nccl", "it needs both roles in one process, and each worker has its own", "loopback"),
+        _honoured(
+            "auto, mapped, gloo or nccl", "it needs both roles in one process, and each worker has its own", "loopback"
+        ),
     ] = "auto"
-    """auto is nccl between CUDA workers and gloo between others."""
-    wire: Annotated[
-        Literal["native", "int8", "fp8_e4m3"],
-        _honoured("native", "blocks cross in the cache's own numbers", "int8", "fp8_e4m3"),
-    ] = "native"
-    """Number format of blocks on their way."""
+    """auto is mapped between workers that can map each other's memory, nccl between other GPUs, else gloo."""
+    wire: Literal["native", "int8", "fp8_e4m3"] = "native"
+    """Number format of blocks on their way over gloo and nccl; a mapped block is read as it is."""
     verify: Verify = "sample"
     """Which transferred buffers carry a checksum."""
     lease_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 10.0

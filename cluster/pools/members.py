@@ -8,7 +8,7 @@ from typing import Literal
 
 from cluster.config import Config
 from cluster.config.values import Address
-from diptych.types import LinkKind, ModelSource, Role, WorkerId, WorkerSpec
+from diptych.types import ModelSource, Role, WorkerId, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +37,6 @@ def device_of(config: Config, site: Site) -> Literal["cpu", "cuda"]:
     if config.device == "auto":
         return "cuda" if site.gpus else "cpu"
     return config.device
-
-
-def link_of(config: Config, site: Site) -> LinkKind:
-    """`kv.link`, with `auto` decided."""
-    if config.kv.link in ("gloo", "nccl"):
-        return config.kv.link
-    return "nccl" if device_of(config, site) == "cuda" else "gloo"
 
 
 def gpu_share(config: Config, site: Site) -> float:
@@ -90,7 +83,8 @@ def first_members(config: Config, site: Site) -> list[WorkerSpec]:
             threads=threads,
             device=device_of(config, site),
             host=site.host,
-            link=link_of(config, site),
+            link=config.kv.link,
+            wire=config.kv.wire,
             verify=config.kv.verify,
             secret=site.secret,
             lease_seconds=config.kv.lease_seconds,

@@ -67,7 +67,9 @@ class Processes:
     def front(self, front: FrontId, http: Address, grpc: Address) -> Any:  # noqa: ANN401
         """Where clients reach the cluster."""
         dtype = self._config.model.served_dtype
-        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=dtype, kv_dtype=dtype)
+        # What a quantised wire rounded must never pass for what was computed.
+        numbers = dtype if self._config.kv.wire == "native" else f"{dtype} over {self._config.kv.wire}"
+        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=dtype, kv_dtype=numbers)
         spec = FrontSpec(
             identity=FrontIdentity(
                 id=front,

@@ -12,7 +12,7 @@ from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.placement import place
 from cluster.scheduler.view import ClusterView, Reported, TimePassed, WorkerJoined, WorkerLeft, WorkerView
 from diptych.errors import LayoutMismatch
-from diptych.types import ClusterStatus, ModelSource, Placement, Report, WorkerId, WorkerInfo, WorkerStatus
+from diptych.types import ClusterStatus, KvLayout, ModelSource, Placement, Report, WorkerId, WorkerInfo, WorkerStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,8 +85,13 @@ class Scheduler:
                 f"with digest {spec.model.digest}: start both with one model.name"
             )
         for other in self._view.workers.values():
-            if other.info.id != info.id and other.info.layout != info.layout:
-                yield f"{info.id} has {info.layout}, {other.info.id} has {other.info.layout}: set one [kv] for both"
+            if other.info.id != info.id and _model(other.info.layout) != _model(info.layout):
+                yield f"KV can't pass between {info.id} with {info.layout} and {other.info.id} with {other.info.layout}"
+
+
+def _model(layout: KvLayout) -> tuple[int, int, int]:
+    """Block sizes, numbers and shards can be bridged; this can't."""
+    return layout.layers, layout.kv_heads, layout.head_dim
 
 
 def _status(worker: WorkerView, now: float) -> WorkerStatus:

@@ -1,12 +1,14 @@
-"""Moving KV between tokens, blocks and packed buffers. Knows ids, not who owns them.
+"""Moving KV from tokens to blocks. Knows ids, not who owns them.
 
 The arena is [blocks, layers, 2, kv_heads, block_size, head_dim]: a block is one contiguous piece.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_kv(layer: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, offsets: Tensor) -> None:
@@ -17,13 +19,3 @@ def write_kv(layer: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, offset
     """
     layer[blocks, 0, :, offsets] = keys
     layer[blocks, 1, :, offsets] = values
-
-
-def pack_blocks(arena: Tensor, blocks: Tensor) -> Tensor:
-    """The named blocks as one contiguous buffer of bytes: [count * block_bytes] uint8."""
-    return arena.index_select(0, blocks).view(-1).view(torch.uint8)
-
-
-def unpack_blocks(arena: Tensor, blocks: Tensor, packed: Tensor) -> None:
-    """The inverse of `pack_blocks`: `packed` [count * block_bytes] uint8 lands in `blocks`."""
-    arena.index_copy_(0, blocks, packed.view(arena.dtype).view(-1, *arena.shape[1:]))

@@ -7,7 +7,7 @@ A request's life in types: `Request` (front → decode), `Placement` (scheduler 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, NewType, TypeAlias
 
 from diptych.errors import ServingError
@@ -26,7 +26,9 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
-LinkKind: TypeAlias = Literal["gloo", "nccl"]
+LinkKind: TypeAlias = Literal["loopback", "mapped", "gloo", "nccl"]
+Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
+"""Numbers of KV on its way."""
 Verify: TypeAlias = Literal["off", "sample", "all"]
 
 
@@ -194,24 +196,46 @@ Outgoing: TypeAlias = Emission | Failure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
-    """The shape of one block, block outermost: [layers, 2, kv_heads, block_size, head_dim]."""
+    """The shape of one block on one device, block outermost: [layers, 2, heads, block_size, head_dim].
+
+    A worker has one layout per device: they differ in `shard` alone. With more shards than heads
+    neighbours hold the same head.
+    """
 
     layers: int
     kv_heads: int
+    """Of the model: all shards together."""
     block_size: int
     head_dim: int
     dtype: ModelDtype
+    shard: int = 0
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        heads, shards = self.kv_heads, self.shards
+        if not 0 <= self.shard < shards or (heads % shards and shards % heads):
+            raise ValueError(f"shard {self.shard} of {shards} does not share {heads} KV heads out evenly")
+
+    @property
+    def heads(self) -> range:
+        """Which of the model's KV heads lie here."""
+        first = self.shard * self.kv_heads // self.shards
+        return range(first, first + max(1, self.kv_heads // self.shards))
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """[layers, 2 (keys, values), kv_heads, block_size, head_dim]."""
-        return (self.layers, 2, self.kv_heads, self.block_size, self.head_dim)
+        """[layers, 2 (keys, values), heads, block_size, head_dim]."""
+        return (self.layers, 2, len(self.heads), self.block_size, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
         width = 4 if self.dtype == "fp32" else 2
-        return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * width
+        return self.layers * 2 * len(self.heads) * self.block_size * self.head_dim * width
+
+    def all_shards(self) -> tuple[KvLayout, ...]:
+        """Of all devices of this worker."""
+        return tuple(replace(self, shard=shard) for shard in range(self.shards))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,45 +245,93 @@ class PairAddress:
     host: str
     port: int
     key: str
-    """Unique per (sender, receiver, both their epochs)."""
+    """Unique per (sender, receiver, both their epochs, a device of each)."""
     epoch: int
     """Counts rebuilds of this pair; tickets of an older epoch are dead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvTicket:
-    """A promise of room: where on the decode side a request's KV must land.
+class KvLeg:
+    """The part of a hand-off that goes from one device of the sender to one of the receiver."""
 
-    `blocks[i]` receives the request's block `first + i`; the first `first` blocks are already
-    there, cached from an earlier request, and are not sent. `generations[i]` is the block's
-    generation when it was granted: a block that moved on refuses the landing.
+    source: int
+    """The sender's shard."""
+    target: int
+    """The receiver's shard."""
+    first_head: int
+    heads: int
+    """[first_head, first_head + heads) of the model's KV heads, of every layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTicket:
+    """A promise of room: where a request's KV must land.
+
+    KV travels in granules of 16 tokens, whatever the block sizes of the two sides. Granules
+    [first, first + count) of the prompt are wanted: those before are there already, cached from
+    an earlier request. The hand-off commits when all of them landed on all legs.
     """
 
     transfer: TransferId
     request: RequestId
     attempt: int
-    decode: WorkerId
+    receiver: WorkerId
     first: int
-    blocks: tuple[BlockId, ...]
-    generations: tuple[int, ...]
+    count: int
     lease_seconds: float
     link: LinkKind
-    address: PairAddress
+    wire: Wire
+    legs: tuple[KvLeg, ...]
+    addresses: tuple[PairAddress, ...]
+    """Of each leg's pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSource:
+    """Leased blocks of the sender. Content counts if their generations are the same after it was read."""
+
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+    skip: int
+    """Granules of the first block that are not meant."""
+    first_head: int
+    """Counted from the sender's shard's first."""
+    heads: int
+    wire: Wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvOffer:
+    """What a worker says to those who may receive from it."""
+
+    worker: WorkerId
+    epoch: int
+    layout: KvLayout
+    """Of its first shard; the others differ in nothing else."""
+    device: str
+    mapped: str = ""
+    """The abstract Unix address where its arena may be had for reading; empty when it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvParcel:
-    """The sender's word that one packed buffer is on its way: receive `nbytes`, then unpack."""
+    """The sender's word that one packed buffer is on its way, or may be read at its own."""
 
     transfer: TransferId
+    leg: int
+    """Which of the ticket's legs."""
     epoch: int
+    """The pair's."""
     sequence: int
     """Order on the pair: NCCL ignores tags, so order is the only match."""
     first: int
-    """Offset into the ticket's `blocks`."""
+    """Offset into the ticket's granules."""
     count: int
+    """Granules."""
     nbytes: int
     checksum: bytes | None = None
+    source: KvSource | None = None
+    """Where the receiver reads it, over links that read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,7 +479,10 @@ class WorkerSpec:
     device: Literal["cpu", "cuda"]
     host: str
     """The node's address, which links bind and peers dial; empty to ask Ray."""
-    link: LinkKind
+    link: LinkKind | Literal["auto"]
+    """auto: what reads before what sends, where the two workers can."""
+    wire: Literal["native", "int8", "fp8_e4m3"]
+    """Of links that send; native is the narrower of the two sides' numbers."""
     verify: Verify
     secret: bytes
     """Keys the MAC of parcels under verify=all."""

@@ -110,10 +110,9 @@ def test_a_section_given_a_value_says_which_keys_it_has(tmp_path: Path) -> None:
         ("kv.verify", "always", "'off', 'sample' or 'all'"),
         ("kv.lease_seconds", 0, "greater than 0"),
         ("kv.lease_seconds", "inf", "finite"),
-        ("kv.link", "mapped", "auto, gloo or nccl works"),
-        ("kv.link", "loopback", "auto, gloo or nccl works"),
-        ("kv.wire", "int8", "native works"),
-        ("kv.wire", "fp8_e4m3", "native works"),
+        ("kv.block_size", 48, "16, 32, 64, 128 or 256"),
+        ("kv.link", "loopback", "auto, mapped, gloo or nccl works"),
+        ("kv.wire", "int4", "'native', 'int8' or 'fp8_e4m3'"),
         ("front.http", "localhost", "HOST:PORT"),
         ("front.http", "localhost:http", "HOST:PORT"),
         ("front.grpc", "127.0.0.1:65536", "from 0 to 65535"),
@@ -135,7 +134,7 @@ def test_a_wrong_value_names_its_key_its_origin_and_what_is_allowed(key: str, va
 
 
 def test_every_problem_is_told_at_once() -> None:
-    assert len(problems(None, ("kv.wire", "int8"), ("kv.block_size", 7), ("device", "tpu"))) == 3
+    assert len(problems(None, ("kv.wire", "int4"), ("kv.block_size", 7), ("device", "tpu"))) == 3
 
 
 @pytest.mark.parametrize(

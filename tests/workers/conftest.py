@@ -35,6 +35,7 @@ from workers.engine.model import Model
 from workers.engine.sequence import Sequence
 from workers.engine.weights import Weights, load_weights
 from workers.engine_thread import Roles
+from workers.transfer.acquaintance import Neighbours
 from workers.worker import Worker
 
 T = TypeVar("T")
@@ -232,7 +233,8 @@ class Pair:
     """p and d, who know each other through `to_p` (d's calls) and `to_d` (p's calls)."""
 
     def __init__(self, prefill: WorkerSpec, decode: WorkerSpec) -> None:
-        self.p, self.d = Worker(prefill), Worker(decode)
+        neighbours = Neighbours()
+        self.p, self.d = Worker(prefill, neighbours), Worker(decode, neighbours)
         self.to_p, self.to_d = Wire(self.p), Wire(self.d)
         self.front = Front()
         self.reports: dict[WorkerId, Report] = {}
@@ -297,7 +299,8 @@ def _check_whole(roles: Roles) -> None:
     assert (pool.held, pool.granted, pool.lent) == (0, 0, 0)
     assert pool.free + pool.cached == roles.engine.limits.blocks
     assert not roles.decode._by_sequence
-    assert not roles.decode._by_transfer
+    assert not roles.receiver._inbound
+    assert not roles.sender._outbound
     assert not roles.prefill._by_sequence
     assert not roles.engine.batcher.granted
 
@@ -319,6 +322,7 @@ def spec() -> WorkerSpec:
         device="cpu",
         host="127.0.0.1",
         link="gloo",
+        wire="native",
         verify="all",
         secret=b"s" * 16,
         lease_seconds=10.0,
@@ -328,7 +332,10 @@ def spec() -> WorkerSpec:
 
 @pytest.fixture
 def pair(spec: WorkerSpec) -> Callable[..., Any]:
-    """(prefill={…}, decode={…}, **both) → an async context with a `Pair`; at its end both must be whole."""
+    """(prefill={…}, decode={…}, **both) → an async context with a `Pair`; at its end both must be whole.
+
+    Over links that read, both are of one process only if `link` is loopback.
+    """
 
     @asynccontextmanager
     async def make(
@@ -337,8 +344,8 @@ def pair(spec: WorkerSpec) -> Callable[..., Any]:
         p_spec = replace(spec, **{"id": WorkerId("p"), "role": "prefill", **both, **(prefill or {})})
         pair = Pair(p_spec, replace(spec, **{**both, **(decode or {})}))
         await asyncio.gather(pair.p.start(), pair.d.start())
-        pair.p.meet({pair.d.spec.id: pair.to_d})
-        pair.d.meet({pair.p.spec.id: pair.to_p})
+        await pair.p.meet({pair.d.spec.id: pair.to_d})
+        await pair.d.meet({pair.p.spec.id: pair.to_p})
         readers = [asyncio.ensure_future(pair.front.read(worker, "front")) for worker in (pair.p, pair.d)]
         await asyncio.sleep(0)  # both read from here on
         try:

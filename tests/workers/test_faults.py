@@ -26,6 +26,12 @@ async def is_lost(*_: object) -> None:
     await asyncio.Event().wait()
 
 
+def only_link(side: Any) -> Any:
+    """The link of a side's one pair."""
+    [pair] = side._pairs._pairs.values()
+    return pair._link
+
+
 @pytest.fixture
 def faulty(pair: Make, bench: Make, prompt: Make, request_for: Make) -> Make:
     """(break_it, **pair) → runs one request between workers that `break_it` has prepared, then a good one.
@@ -109,9 +115,9 @@ def test_a_link_that_closes_under_a_parcel(run: Make, faulty: Make, end: str) ->
         def breaks(two: Any) -> None:
             async def close(*_: object) -> None:
                 if end == "p":
-                    await two.see(two.p, lambda roles: roles.prefill._pairs["d"]._link.close())
+                    await two.see(two.p, lambda roles: only_link(roles.sender).close())
                 else:
-                    await two.see(two.d, lambda roles: roles.decode._pairs["p"]._link.close())
+                    await two.see(two.d, lambda roles: only_link(roles.receiver).close())
 
             two.to_d.before["expect"] = close
 
@@ -128,12 +134,12 @@ def test_a_parcel_that_is_corrupted_on_its_way(run: Make, faulty: Make, verify: 
 
         def breaks(two: Any) -> None:
             async def corrupt(*_: object) -> None:
-                link = await two.see(two.d, lambda roles: roles.decode._pairs["p"]._link)
+                link = await two.see(two.d, lambda roles: only_link(roles.receiver))
                 receive = link.receive
 
-                def receive_corrupt(nbytes: int) -> Any:
-                    packed = receive(nbytes)
-                    packed[nbytes // 2] ^= 1
+                def receive_corrupt(parcel: Any) -> Any:
+                    packed = receive(parcel)
+                    packed[parcel.nbytes // 2] ^= 1
                     return packed
 
                 if not seen:
@@ -160,7 +166,7 @@ def test_a_parcel_announced_twice_lands_once(run: Make, faulty: Make) -> None:
             landed = asyncio.Event()
 
             async def again(sender: Any, parcel: Any) -> None:
-                await two.until(two.d, lambda roles: roles.decode.counters.blocks_received > 0)
+                await two.until(two.d, lambda roles: roles.receiver.counters.blocks > 0)
                 await two.d.expect(sender, parcel)
                 landed.set()
 
@@ -220,7 +226,7 @@ def test_a_stale_ticket_does_not_harm_the_pair_that_replaced_its_own(
             two.to_p.before["withdraw"] = is_lost
             await two.submit(stale)
             await granted.wait()
-            await two.see(two.d, lambda roles: roles.decode._retire_pair("p", "a test wants it"))
+            await two.see(two.d, lambda roles: roles.receiver._pairs.retire_sender("p", "a test wants it"))
             await two.submit(good)
             await announced.wait()
             late.set()
@@ -287,8 +293,8 @@ def test_hand_offs_of_a_prefill_worker_that_left_go_on_at_once(
             request = request_for(prompt(LENGTH))
             await two.submit(request)
             await reached.wait()
-            two.d.meet({})
-            two.p.meet({})
+            await two.d.meet({})
+            await two.p.meet({})
             await two.front.wait_for(lambda: two.front.is_over(request.id))
             assert [two.front.answer(request.id)] == clean
             assert two.front.served(request.id).how == "local"
@@ -302,12 +308,12 @@ def test_the_next_worker_of_the_same_name_gets_a_new_pair(
     async def test() -> None:
         async with pair() as two:
             await two.answers(request_for(prompt(100)))
-            two.d.meet({})
+            await two.d.meet({})
             await two.p.stop()
             two.p = two.to_p.worker = Worker(replace(two.p.spec, epoch=1))
             await two.p.start()
-            two.p.meet({"d": two.to_d})
-            two.d.meet({"p": two.to_p})
+            await two.p.meet({"d": two.to_d})
+            await two.d.meet({"p": two.to_p})
             reader = asyncio.ensure_future(two.front.read(two.p, "front"))
             request = request_for(prompt(120, seed=1))
             await two.answers(request)

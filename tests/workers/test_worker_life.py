@@ -125,7 +125,7 @@ async def main():
     actor = WorkerActor(WorkerSpec(
         id="d", role="decode", epoch=0, model=ModelSource(name="t", path="random:tiny", digest="ab" * 8), dtype="fp32",
         block_size=16, memory_bytes=1 << 20, max_batch_tokens=64, max_running=4, threads=1, device="cpu",
-        host="127.0.0.1", link="gloo", verify="off", secret=b"", lease_seconds=5.0, cache=""))
+        host="127.0.0.1", link="gloo", wire="native", verify="off", secret=b"", lease_seconds=5.0, cache=""))
     await actor.start()
     def breaks(): raise RuntimeError("a kernel went wrong")
     actor._worker._engine.post(breaks)

@@ -23,7 +23,7 @@ from workers.engine.block_names import BlockNames
 from workers.engine.eviction import EvictionOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import MutableSequence, Sequence
 
     from diptych.types import BlockHash, KvEvent
 
@@ -45,7 +45,8 @@ class BlockPool:
     An owner is a name (of a request, ticket or lease) and exists while it holds blocks.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, generations: MutableSequence[int] | None = None) -> None:
+        """`generations`: where others can see them; `size` zeros."""
         self._size = size
         self._free = [BlockId(block) for block in reversed(range(size))]
         self._cached = EvictionOrder()
@@ -53,7 +54,7 @@ class BlockPool:
         self._refs: dict[Kind, list[int]] = {kind: [0] * size for kind in _KINDS}
         self._in_use: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
         self._names = BlockNames(size)
-        self._generations = [0] * size
+        self._generations = [0] * size if generations is None else generations
 
     # ---- counts: free + cached + held + granted + lent == size --------------------------------
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 import kernels
 from diptych.errors import Internal, ServingError
-from diptych.types import BlockId, Counters, KvLayout, Load, ModelDtype
+from diptych.types import BlockId, Counters, KvLayout, KvLeg, KvSource, Load, ModelDtype, Wire
 from kernels.reference.attention import SPLIT
 from workers.engine.batching import Batcher, StepPlan, Work
 from workers.engine.blocks import BlockPool
+from workers.engine.kv_memory import KvMemory, locate_granules, private_memory, read_granules
 from workers.engine.model import Batch, Chunk, Model
+from workers.engine.model_config import ModelConfig
 from workers.engine.sampling import Sampled, Sampler, score_prompt
 from workers.engine.sequence import Sequence
-from workers.engine.weights import TORCH_DTYPE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +45,31 @@ class StepResult:
     failed: tuple[tuple[Sequence, ServingError], ...]
 
 
+def layout_of(config: ModelConfig, block_size: int, dtype: ModelDtype) -> KvLayout:
+    """Of one worker with the whole model."""
+    return KvLayout(
+        layers=config.layers, kv_heads=config.kv_heads, block_size=block_size, head_dim=config.head_dim, dtype=dtype
+    )
+
+
 class Engine:
     """A model, its KV arena, and the sequences on it."""
 
-    def __init__(self, model: Model, limits: EngineLimits, *, dtype: ModelDtype, device: torch.device) -> None:
-        config = model.config
-        self.layout = KvLayout(
-            layers=config.layers,
-            kv_heads=config.kv_heads,
-            block_size=limits.block_size,
-            head_dim=config.head_dim,
-            dtype=dtype,
-        )
+    def __init__(
+        self,
+        model: Model,
+        limits: EngineLimits,
+        *,
+        dtype: ModelDtype,
+        device: torch.device,
+        memory: KvMemory | None = None,
+    ) -> None:
+        """`memory` of the layout that `layout_of` gives; None for one of its own."""
+        self.layout = layout_of(model.config, limits.block_size, dtype)
         self.limits = limits
-        self.pool = BlockPool(limits.blocks)
+        memory = memory or private_memory(self.layout, limits.blocks, device)
+        self.arena = memory.arena
+        self.pool = BlockPool(limits.blocks, memory.generations)
         self.batcher = Batcher(
             self.pool,
             block_size=limits.block_size,
@@ -67,8 +79,6 @@ class Engine:
         self._model = model
         self._device = device
         self._sampler = Sampler(device)
-        # Zeros, not empty: masked positions are read and must be finite. The pages come on first use.
-        self.arena = torch.zeros((limits.blocks, *self.layout.block_shape), dtype=TORCH_DTYPE[dtype], device=device)
         self._steps = self._decode_steps = self._decode_rows = 0
         self._computed = self._cached = self._emitted = self._preemptions = 0
 
@@ -94,13 +104,17 @@ class Engine:
         sequence.accept(first_token)
         self.batcher.join(sequence)
 
-    def pack(self, blocks: SequenceOf[BlockId]) -> Tensor:
-        """The blocks' content as one buffer: [count * block_bytes] uint8."""
-        return kernels.pack_blocks(self.arena, self._ids(blocks))
+    def pack(self, source: KvSource, count: int) -> Tensor:
+        """`count` granules of these blocks: [bytes] uint8 in the wire's numbers."""
+        return read_granules(self.arena, source, count)
 
-    def unpack(self, blocks: SequenceOf[BlockId], packed: Tensor) -> None:
-        """Content from elsewhere lands in these blocks, which nothing reads yet."""
-        kernels.unpack_blocks(self.arena, self._ids(blocks), packed.to(self._device))
+    def unpack(
+        self, blocks: SequenceOf[BlockId], first: int, count: int, leg: KvLeg, wire: Wire, packed: Tensor
+    ) -> None:
+        """Granules [first, first + count) of a prompt in `blocks` come from elsewhere. Nothing reads them yet."""
+        granules = locate_granules(self.arena, blocks, first, count)
+        at = leg.first_head - self.layout.heads.start
+        kernels.unpack_granules(self.arena, granules, slice(at, at + leg.heads), wire, packed.to(self._device))
 
     @property
     def has_work(self) -> bool:

@@ -18,6 +18,7 @@ from diptych.types import ModelDtype, ModelSource
 from workers.engine.config_json import from_folder
 from workers.engine.conversion import Conversion
 from workers.engine.gguf_files import GgufModel
+from workers.engine.kv_memory import TORCH_DTYPE
 from workers.engine.layout import is_stacked, laid_out
 from workers.engine.model_config import ModelConfig, UnsupportedModel
 from workers.engine.model_memory import available_bytes, check_room
@@ -26,8 +27,6 @@ from workers.engine.safetensors_files import stored_in_folder
 from workers.engine.stored_tensors import StoredTensor, check_declared
 
 __all__ = ["TORCH_DTYPE", "ModelConfig", "UnsupportedModel", "Weights", "load_weights"]
-
-TORCH_DTYPE: dict[ModelDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

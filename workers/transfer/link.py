@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, Protocol, cast
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from diptych.errors import TransferFailed
-from diptych.types import LinkKind, PairAddress
+from diptych.types import KvParcel, LinkKind, PairAddress
 from workers.transfer.sockets import Address, Connections, close_all, connected, is_cut, listening, open_sockets
 
 Side = Literal["sender", "receiver"]
@@ -76,6 +77,26 @@ class MeetingPlace:
         return cast("Store", self._store.clone())  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
+class Link(Protocol):
+    """One end of a pair. Used by the pair's thread alone, but for `close`. All raise TransferFailed."""
+
+    def open(self, address: PairAddress, place: MeetingPlace | None = None) -> None:
+        """Meet the other side; the receiver has the meeting place."""
+        ...
+
+    def send(self, content: Callable[[], Tensor]) -> None:
+        """content: [nbytes] uint8."""
+        ...
+
+    def receive(self, parcel: KvParcel) -> Tensor | None:
+        """[nbytes] uint8 in a new buffer that is nobody else's; None when the content was given up meanwhile."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent, from any thread: ends a wait under way, never waits itself."""
+        ...
+
+
 class PairLink:
     """One direction between two workers: rank 0 sends, rank 1 receives."""
 
@@ -112,15 +133,15 @@ class PairLink:
             self.close()
             raise TransferFailed(f"pair {key} was closed while it opened")
 
-    def send(self, packed: Tensor) -> None:
-        """packed: [bytes] uint8. Returns when the receiver has it (gloo) or it left (NCCL)."""
+    def send(self, content: Callable[[], Tensor]) -> None:
+        """Returns when the receiver has it (gloo) or it left (NCCL)."""
         assert self._side == "sender"
-        self._run(packed.to(self._device))
+        self._run(content().to(self._device))
 
-    def receive(self, nbytes: int) -> Tensor:
-        """The next `nbytes` of the pair: [nbytes] uint8 in a new buffer, pinned by nobody else."""
+    def receive(self, parcel: KvParcel) -> Tensor:
+        """The next bytes of the pair."""
         assert self._side == "receiver"
-        packed = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        packed = torch.empty(parcel.nbytes, dtype=torch.uint8, device=self._device)
         self._run(packed)
         return packed
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from diptych.errors import TransferFailed
 from diptych.types import KvParcel, PairAddress
 from workers.transfer.checksum import Verifier
-from workers.transfer.link import MeetingPlace, PairLink
+from workers.transfer.link import Link, MeetingPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +24,11 @@ Broken = Callable[[TransferFailed], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shipment:
-    """A packed parcel on its way to the link thread; `announce` tells the receiver to expect it."""
+    """A parcel on its way to the link thread; `announce` tells the receiver to expect it."""
 
     parcel: KvParcel
-    packed: Tensor
+    content: Callable[[], Tensor]
+    """[nbytes] uint8. Asked for where it is needed: links that read send nothing."""
     announce: Callable[[KvParcel], None]
     sent: Callable[[KvParcel], None]
 
@@ -35,7 +36,7 @@ class Shipment:
 class SenderPair:
     """The sending end. `on_broken` is called once, from the link thread, and ends the pair."""
 
-    def __init__(self, link: PairLink, address: PairAddress, verifier: Verifier, on_broken: Broken) -> None:
+    def __init__(self, link: Link, address: PairAddress, verifier: Verifier, on_broken: Broken) -> None:
         self.address: Final = address
         self._link = link
         self._verifier = verifier
@@ -61,14 +62,14 @@ class SenderPair:
         sequence = 0
         try:
             while (shipment := self._queue.get()) is not None:
-                checksum = self._verifier.checksum(shipment.packed, sequence)
-                parcel = _numbered(shipment.parcel, sequence, checksum)
+                parcel = replace(shipment.parcel, sequence=sequence)
+                parcel = replace(parcel, checksum=self._verifier.checksum(parcel, shipment.content))
                 sequence += 1
                 # Announced before it is sent: the receiver posts its receive on our word, never on a guess.
                 shipment.announce(parcel)
                 if not parcel.sequence:
                     self._link.open(self.address)
-                self._link.send(shipment.packed)
+                self._link.send(shipment.content)
                 shipment.sent(parcel)
         except TransferFailed as error:
             self._link.close()
@@ -80,13 +81,15 @@ class ReceiverPair:
 
     def __init__(
         self,
-        link: PairLink,
+        link: Link,
         address: PairAddress,
+        leg: int,
         place: MeetingPlace,
-        on_landed: Callable[[KvParcel, Tensor], None],
+        on_landed: Callable[[KvParcel, Tensor | None], None],
         on_broken: Broken,
     ) -> None:
         self.address: Final = address
+        self.leg: Final = leg
         self._link = link
         self._place = place
         self._on_landed = on_landed
@@ -119,20 +122,8 @@ class ReceiverPair:
                     self._link.open(self.address, self._place)
                 announced[parcel.sequence] = parcel
                 while (parcel := announced.pop(expected, None)) is not None:
-                    self._on_landed(parcel, self._link.receive(parcel.nbytes))
+                    self._on_landed(parcel, self._link.receive(parcel))
                     expected += 1
         except TransferFailed as error:
             self._link.close()
             self._on_broken(error)
-
-
-def _numbered(parcel: KvParcel, sequence: int, checksum: bytes | None) -> KvParcel:
-    return KvParcel(
-        transfer=parcel.transfer,
-        epoch=parcel.epoch,
-        sequence=sequence,
-        first=parcel.first,
-        count=parcel.count,
-        nbytes=parcel.nbytes,
-        checksum=checksum,
-    )

@@ -66,7 +66,7 @@ class Tally:
         return sum(count for (_, after), count in self.transitions.items() if after is state)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Transfer:
     """One side's view of a hand-off."""
 

@@ -81,18 +81,22 @@ class WorkerInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., build: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., blocks: _Optional[int] = ..., max_context: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
 
 class KvLayout(_message.Message):
-    __slots__ = ("layers", "kv_heads", "block_size", "head_dim", "dtype")
+    __slots__ = ("layers", "kv_heads", "block_size", "head_dim", "dtype", "shard", "shards")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     layers: int
     kv_heads: int
     block_size: int
     head_dim: int
     dtype: str
-    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    shard: int
+    shards: int
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., block_size: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("waiting_requests", "waiting_tokens", "running_requests", "blocks_free", "blocks_cached", "blocks_held", "blocks_granted", "blocks_lent")

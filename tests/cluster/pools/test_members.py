@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config import Config, Override, load
-from cluster.pools.members import Site, device_of, first_members, front_addresses, gpu_share, link_of
+from cluster.pools.members import Site, device_of, first_members, front_addresses, gpu_share
 from diptych.types import ModelSource
 
 
@@ -89,18 +89,10 @@ def test_what_is_set_reaches_every_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "gpus", "device", "link"),
-    [
-        ({}, 0.0, "cpu", "gloo"),
-        ({}, 2.0, "cuda", "nccl"),
-        ({"device": "cpu"}, 2.0, "cpu", "gloo"),
-        ({"device": "cuda"}, 0.0, "cuda", "nccl"),
-        ({"kv__link": "gloo"}, 2.0, "cuda", "gloo"),
-    ],
+    ("values", "gpus", "device"),
+    [({}, 0.0, "cpu"), ({}, 2.0, "cuda"), ({"device": "cpu"}, 2.0, "cpu"), ({"device": "cuda"}, 0.0, "cuda")],
 )
-def test_what_is_left_open_follows_from_the_machine(
-    values: dict[str, Any], gpus: float, device: str, link: str
-) -> None:
+def test_the_device_follows_from_the_machine(values: dict[str, Any], gpus: float, device: str) -> None:
     wanted = config(**values)
-    assert (device_of(wanted, site(gpus)), link_of(wanted, site(gpus))) == (device, link)
-    assert {(each.device, each.link) for each in first_members(wanted, site(gpus))} == {(device, link)}
+    assert device_of(wanted, site(gpus)) == device
+    assert {each.device for each in first_members(wanted, site(gpus))} == {device}

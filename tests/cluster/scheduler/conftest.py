@@ -24,6 +24,7 @@ def info() -> Callable[..., WorkerInfo]:
         build: str = "b1",
         digest: str = "d1",
         block_size: int = 16,
+        layers: int = 2,
         max_context: int = 8192,
     ) -> WorkerInfo:
         return WorkerInfo(
@@ -32,7 +33,7 @@ def info() -> Callable[..., WorkerInfo]:
             epoch=epoch,
             build=build,
             model_digest=digest,
-            layout=KvLayout(layers=2, kv_heads=2, block_size=block_size, head_dim=8, dtype="fp32"),
+            layout=KvLayout(layers=layers, kv_heads=2, block_size=block_size, head_dim=8, dtype="fp32"),
             blocks=1000,
             max_context=max_context,
             device="cpu",

@@ -49,7 +49,7 @@ def report(
     [
         ({"build": "b2"}, ("build b2", "build b1")),
         ({"digest": "d2"}, ("digest d2", "digest d1")),
-        ({"block_size": 32}, ("block_size=32", "block_size=16")),
+        ({"layers": 3}, ("layers=3", "layers=2")),
     ],
 )
 def test_a_worker_that_cannot_exchange_kv_is_refused_naming_both_sides(
@@ -60,6 +60,14 @@ def test_a_worker_that_cannot_exchange_kv_is_refused_naming_both_sides(
         scheduler.join(info("d1", **different), 0.0)
     assert all(side in str(refused.value) for side in ("d1", *sides))
     assert [worker.info.id for worker in scheduler.status(0.0).workers] == ["d0"]
+
+
+def test_workers_whose_blocks_differ_in_size_can_exchange_kv(
+    scheduler: Scheduler, info: Callable[..., WorkerInfo]
+) -> None:
+    scheduler.join(info("d0"), 0.0)
+    scheduler.join(info("d1", block_size=32), 0.0)
+    assert [worker.info.id for worker in scheduler.status(0.0).workers] == ["d0", "d1"]
 
 
 def test_a_worker_may_come_back_with_another_layout_when_it_is_alone(

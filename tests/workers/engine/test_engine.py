@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diptych.errors import Internal
+from diptych.types import KvLeg, KvSource
 from workers.engine.sequence import Sequence
 
 Make = Callable[..., Any]
@@ -207,7 +208,9 @@ def test_a_hand_off_between_two_engines_has_the_bits_of_one(bench: Make, prompt:
     decode.add(target)
     (granted,) = decode.step().plan.granted
     assert granted is target
-    decode.unpack(decode.pool.blocks_of(target.ticket), prefill.pack(source.blocks[:7]))
+    blocks, leg = tuple(source.blocks[:7]), KvLeg(source=0, target=0, first_head=0, heads=prefill.layout.kv_heads)
+    sent = KvSource(blocks=blocks, generations=(1,) * 7, skip=0, first_head=0, heads=leg.heads, wire="fp32")
+    decode.unpack(target.blocks, 0, 7, leg, "fp32", prefill.pack(sent, 7))
     decode.join(target, first.token)
     said = [(first.token, first.fingerprint)]
     while len(said) < 10:

@@ -34,8 +34,8 @@ def place() -> MeetingPlace:
 
 def shipment(number: int, announce: Callable[[KvParcel], None], sent: Callable[[KvParcel], None]) -> Shipment:
     packed = torch.full((1000 * number + 8,), number % 256, dtype=torch.uint8)
-    parcel = KvParcel(transfer="t", epoch=1, sequence=0, first=number, count=1, nbytes=len(packed))
-    return Shipment(parcel=parcel, packed=packed, announce=announce, sent=sent)
+    parcel = KvParcel(transfer="t", leg=0, epoch=1, sequence=0, first=number, count=1, nbytes=len(packed))
+    return Shipment(parcel=parcel, content=lambda: packed, announce=announce, sent=sent)
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Ends:
         self.receiver = ReceiverPair(
             self.link("receiver"),
             self.address,
+            0,
             self.place,
             lambda parcel, packed: self.landed.put((parcel, packed)),
             lambda error: self.broken.put(("receiver", error)),
@@ -100,7 +101,7 @@ def test_parcels_land_in_the_order_they_were_shipped(ends: Callable[..., Ends]) 
         parcel, packed = pair.landed.get(timeout=WAIT_SECONDS)
         assert (parcel.sequence, parcel.first, len(packed)) == (number, number, 1000 * number + 8)
         assert packed.unique().tolist() == [number]
-        assert VERIFIER.agrees(packed, parcel.sequence, parcel.checksum)
+        assert VERIFIER.agrees(parcel, packed)
         assert pair.sent.get(timeout=WAIT_SECONDS) == parcel
 
 
@@ -113,7 +114,14 @@ def test_announcements_may_come_in_any_order_and_twice(ends: Callable[..., Ends]
 
     def parcel(sequence: int) -> KvParcel:
         return KvParcel(
-            transfer="t", epoch=1, sequence=sequence, first=sequence, count=1, nbytes=1000 * sequence + 8, checksum=b"x"
+            transfer="t",
+            leg=0,
+            epoch=1,
+            sequence=sequence,
+            first=sequence,
+            count=1,
+            nbytes=1000 * sequence + 8,
+            checksum=b"x",
         )
 
     for sequence in (2, 1, 2):
@@ -130,7 +138,7 @@ def test_close_ends_a_receive_that_waits(ends: Callable[..., Ends]) -> None:
     pair = ends()
     pair.ship(0)
     pair.landed.get(timeout=WAIT_SECONDS)
-    pair.receiver.expect(KvParcel(transfer="t", epoch=1, sequence=1, first=0, count=1, nbytes=100))
+    pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=1, first=0, count=1, nbytes=100))
     pair.receiver.close()
     assert pair.receiver.wait_closed(WAIT_SECONDS / 2)
 
@@ -156,7 +164,7 @@ def test_close_ends_a_wait_for_the_other_side(ends: Callable[..., Ends], side: s
         pair.ship(0, lambda _: waits.set())
         waits.wait(WAIT_SECONDS)
     else:
-        pair.receiver.expect(KvParcel(transfer="t", epoch=1, sequence=0, first=0, count=1, nbytes=100))
+        pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=0, first=0, count=1, nbytes=100))
     end = getattr(pair, side)
     end.close()
     assert end.wait_closed(WAIT_SECONDS)
@@ -175,7 +183,7 @@ def test_who_comes_after_the_other_gave_up_does_not_wait_for_it(ends: Callable[.
         assert pair.sender.wait_closed(WAIT_SECONDS)
         pair.receiver.expect(parcel)
     else:
-        pair.receiver.expect(KvParcel(transfer="t", epoch=1, sequence=0, first=0, count=1, nbytes=8))
+        pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=0, first=0, count=1, nbytes=8))
         while not any("here/receiver" in key for key in keys(pair.place, pair.address.key)):
             pass
         pair.receiver.close()
@@ -193,7 +201,7 @@ def test_who_never_met_its_peer_fails_within_its_timeout(ends: Callable[..., End
     assert side == "sender"
     assert "did not meet within 0:00:00.1" in str(error)
     with pytest.raises(TransferFailed, match="closed"):
-        pair.sender._link.send(torch.zeros(1, dtype=torch.uint8))
+        pair.sender._link.send(lambda: torch.zeros(1, dtype=torch.uint8))
 
 
 def test_a_store_that_is_gone_fails_the_sender_within_its_timeout(ends: Callable[..., Ends]) -> None:
@@ -209,7 +217,7 @@ def test_the_death_of_one_end_is_heard_at_the_other(ends: Callable[..., Ends]) -
     pair = ends()
     pair.ship(0)
     pair.landed.get(timeout=WAIT_SECONDS)
-    pair.receiver.expect(KvParcel(transfer="t", epoch=1, sequence=1, first=0, count=1, nbytes=100))
+    pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=1, first=0, count=1, nbytes=100))
     pair.sender.close()
     side, error = pair.broken.get(timeout=WAIT_SECONDS)
     assert (side, type(error)) == ("receiver", TransferFailed)

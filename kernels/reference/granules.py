@@ -1,0 +1,88 @@
+"""KV on its way between two layouts: granules of 16 tokens, in the numbers of the wire.
+
+A packed granule is [scales] [layers, 2, heads, 16, head_dim]: scales, one fp32 per layer, side and
+head, only where the wire quantises. It says nothing of block sizes, of the cache's numbers or of
+other heads, so what one layout packs any other can unpack.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
+GRANULE: Final = 16
+"""Tokens."""
+_DTYPE: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+_LARGEST: Final = {"int8": 127.0, "fp8_e4m3": 448.0}
+"""Of a quantised number. fp8_e4m3fn has no infinity: what is larger would become NaN."""
+
+
+class Granules(NamedTuple):
+    """Pieces of an arena: granule `parts[i]` of block `blocks[i]`."""
+
+    blocks: Tensor
+    """[count] int64."""
+    parts: Tensor
+    """[count] int64, below block_size / 16."""
+
+
+def granule_bytes(layers: int, heads: int, head_dim: int, wire: Wire) -> int:
+    """Of one packed granule."""
+    rows = layers * 2 * heads
+    scales = rows * 4 if wire in _LARGEST else 0
+    return scales + rows * GRANULE * head_dim * _DTYPE[wire].itemsize
+
+
+def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -> Tensor:
+    """arena: [blocks, layers, 2, heads, block_size, head_dim] → [count * granule_bytes] uint8.
+
+    `heads` counts from the arena's first.
+    """
+    whole = arena.shape[4] == GRANULE and heads.stop - heads.start == arena.shape[3]
+    if whole and arena.dtype == _DTYPE[wire]:
+        return arena.index_select(0, granules.blocks).view(-1).view(torch.uint8)
+    # Indices apart from each other come first in the result: [count, layers, 2, heads, 16, head_dim].
+    chosen = _parted(arena)[granules.blocks, :, :, heads, granules.parts]
+    if wire not in _LARGEST:
+        return chosen.to(_DTYPE[wire]).contiguous().view(-1).view(torch.uint8)
+    numbers, scales = _quantise(chosen.float(), wire)
+    count = len(granules.blocks)
+    as_bytes = (scales.contiguous().view(count, -1).view(torch.uint8), numbers.reshape(count, -1).view(torch.uint8))
+    return torch.cat(as_bytes, dim=1).view(-1)
+
+
+def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed: Tensor) -> None:
+    """The inverse of `pack_granules`, into an arena of any block size and numbers."""
+    whole = arena.shape[4] == GRANULE and heads.stop - heads.start == arena.shape[3]
+    if whole and arena.dtype == _DTYPE[wire]:
+        arena.index_copy_(0, granules.blocks, packed.view(arena.dtype).view(-1, *arena.shape[1:]))
+        return
+    count, layers, head_dim = len(granules.blocks), arena.shape[1], arena.shape[5]
+    shape = (count, layers, 2, heads.stop - heads.start, GRANULE, head_dim)
+    if wire not in _LARGEST:
+        values = packed.view(_DTYPE[wire]).view(shape)
+    else:
+        rows = packed.view(count, -1)
+        size = layers * 2 * shape[3] * 4
+        scales = rows[:, :size].contiguous().view(torch.float32).view(*shape[:4], 1, 1)
+        values = rows[:, size:].contiguous().view(_DTYPE[wire]).view(shape).float() * scales
+    _parted(arena)[granules.blocks, :, :, heads, granules.parts] = values.to(arena.dtype)
+
+
+def _parted(arena: Tensor) -> Tensor:
+    """[blocks, layers, 2, heads, parts, 16, head_dim], the same memory."""
+    return arena.view(*arena.shape[:4], -1, GRANULE, arena.shape[5])
+
+
+def _quantise(values: Tensor, wire: Wire) -> tuple[Tensor, Tensor]:
+    """Symmetric, one scale for the 16 tokens of a head: (numbers, scales [count, layers, 2, heads])."""
+    largest = _LARGEST[wire]
+    scales = values.abs().amax(dim=(-2, -1)) / largest
+    scales[scales == 0] = 1.0  # a head of zeros has no scale of its own
+    scaled = values / scales[..., None, None]
+    if wire == "int8":
+        scaled = scaled.round_()
+    return scaled.clamp_(-largest, largest).to(_DTYPE[wire]), scales

@@ -1,0 +1,90 @@
+"""KV between layouts: every value in its place, whatever the block sizes, numbers and shards of the two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from kernels import GRANULE, Granules, granule_bytes, pack_granules, unpack_granules
+
+LAYERS, HEADS, DIM = 3, 4, 8
+TOKENS = 7 * GRANULE
+
+
+def arena(block_size: int, dtype: torch.dtype = torch.float32, heads: int = HEADS) -> torch.Tensor:
+    return torch.randn(12, LAYERS, 2, heads, block_size, DIM).to(dtype)
+
+
+def granules(blocks: Sequence[int], block_size: int, count: int) -> Granules:
+    """The first `count` of these blocks."""
+    per_block = block_size // GRANULE
+    at = torch.arange(count)
+    return Granules(torch.tensor(blocks)[at // per_block], at % per_block)
+
+
+def tokens_of(held: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    """[layers, 2, heads, tokens, head_dim] of what these blocks hold, in order."""
+    return torch.cat([held[block] for block in blocks], dim=3)[:, :, :, :TOKENS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("source_size", "target_size"), [(16, 16), (16, 32), (32, 16), (48, 16), (64, 32)])
+def test_block_sizes_are_bridged_without_a_change(source_size: int, target_size: int, dtype: torch.dtype) -> None:
+    source, target = arena(source_size, dtype), arena(target_size, dtype)
+    untouched = target.clone()
+    there = [7, 0, 3, 11, 2, 9, 1][: -(-TOKENS // source_size)]
+    here = [1, 10, 4, 6, 8, 0, 5][: -(-TOKENS // target_size)]
+    wire = "fp32" if dtype == torch.float32 else "bf16"
+    packed = pack_granules(source, granules(there, source_size, 7), slice(0, HEADS), wire)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (7 * granule_bytes(LAYERS, HEADS, DIM, wire),))
+    unpack_granules(target, granules(here, target_size, 7), slice(0, HEADS), wire, packed)
+    assert torch.equal(tokens_of(target, here), tokens_of(source, there))
+    others = [block for block in range(12) if block not in here]
+    assert torch.equal(target[others], untouched[others])
+    tail = here[-1], slice(None), slice(None), slice(None), slice(TOKENS - (len(here) - 1) * target_size, None)
+    assert torch.equal(target[tail], untouched[tail]), "what follows the last granule is nobody's business"
+
+
+@pytest.mark.parametrize("wire", ["fp32", "int8"])
+def test_heads_come_together_from_two_shards_and_part_again(wire: str) -> None:
+    whole, left, right = arena(16), arena(16, heads=2), arena(32, heads=2)
+    at, at_right = granules([4, 2, 8], 16, 3), granules([5, 1], 32, 3)
+    for shard, places, heads in ((left, at, slice(0, 2)), (right, at_right, slice(2, 4))):
+        unpack_granules(shard, places, slice(0, 2), wire, pack_granules(whole, at, heads, wire))
+    back = arena(16)
+    for shard, places, heads in ((left, at, slice(0, 2)), (right, at_right, slice(2, 4))):
+        unpack_granules(back, at, heads, wire, pack_granules(shard, places, slice(0, 2), wire))
+    once = arena(16)
+    unpack_granules(once, at, slice(0, HEADS), wire, pack_granules(whole, at, slice(0, HEADS), wire))
+    assert torch.equal(back[[4, 2, 8]], once[[4, 2, 8]]), "a second pass loses nothing more"
+
+
+def test_fp32_becomes_bf16_by_rounding_once() -> None:
+    source, target = arena(16), arena(32, torch.bfloat16)
+    at, to = granules([3, 5], 16, 2), granules([7], 32, 2)
+    unpack_granules(target, to, slice(0, HEADS), "bf16", pack_granules(source, at, slice(0, HEADS), "bf16"))
+    assert torch.equal(target[7], torch.cat([source[3], source[5]], dim=3).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("wire", "steps"), [("int8", 127.0), ("fp8_e4m3", 16.0)])
+def test_quantised_values_are_off_by_half_a_step_at_most(wire: str, steps: float) -> None:
+    source, target = arena(16, torch.bfloat16), arena(16, torch.bfloat16)
+    source[3, 1, 0, 2] *= 50  # one loud head must not cost the others their precision
+    source[5, 2, 1, 3] = 0
+    at = granules([3, 5], 16, 2)
+    packed = pack_granules(source, at, slice(0, HEADS), wire)
+    assert len(packed) == 2 * granule_bytes(LAYERS, HEADS, DIM, wire)
+    unpack_granules(target, at, slice(0, HEADS), wire, packed)
+    wanted, got = source[[3, 5]].float(), target[[3, 5]].float()
+    largest = wanted.abs().amax(dim=(-2, -1), keepdim=True)
+    error = (got - wanted).abs()
+    # int8 has even steps; fp8 has 3 bits after the first, and even steps below its smallest exponent.
+    bound = largest / steps / 2 if wire == "int8" else torch.maximum(wanted.abs() / steps, largest / 448 * 2**-9)
+    assert bool((error <= bound + got.abs() * 2**-8).all())
+    assert not got[1, 2, 1, 3].any()
+
+
+def test_int8_takes_little_more_than_half_of_bf16() -> None:
+    assert granule_bytes(30, 3, 64, "int8") / granule_bytes(30, 3, 64, "bf16") < 0.503
