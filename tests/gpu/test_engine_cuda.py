@@ -63,10 +63,15 @@ def test_attention_is_the_cpus_within_rounding(cuda: torch.device) -> None:
     torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_blocks_come_back_bit_for_bit(cuda: torch.device) -> None:
-    arena = torch.randn(32, 4, 2, 2, 16, 64, device=cuda).to(torch.bfloat16)
-    target = torch.zeros_like(arena)
-    source, landing = torch.tensor([3, 1, 30], device=cuda), torch.tensor([7, 8, 2], device=cuda)
-    kernels.unpack_blocks(target, landing, kernels.pack_blocks(arena, source))
-    assert torch.equal(target[landing], arena[source])
-    assert not target[torch.tensor([0, 1, 3], device=cuda)].any()
+@pytest.mark.parametrize("wire", ["bf16", "int8", "fp8_e4m3"])
+def test_packed_granules_are_the_cpus(cuda: torch.device, wire: str) -> None:
+    torch.manual_seed(0)
+    arena = torch.randn(32, 4, 2, 2, 32, 64).to(torch.bfloat16)
+    blocks, parts = torch.tensor([3, 1, 30]), torch.tensor([0, 1, 1])
+    there = kernels.Granules(blocks.to(cuda), parts.to(cuda))
+    packed = kernels.pack_granules(arena.to(cuda), there, slice(0, 2), wire)
+    assert torch.equal(packed.cpu(), kernels.pack_granules(arena, kernels.Granules(blocks, parts), slice(0, 2), wire))
+    target, on_cuda = torch.zeros_like(arena), torch.zeros_like(arena, device=cuda)
+    kernels.unpack_granules(target, kernels.Granules(blocks, parts), slice(0, 2), wire, packed.cpu())
+    kernels.unpack_granules(on_cuda, there, slice(0, 2), wire, packed)
+    assert torch.equal(on_cuda.cpu(), target)

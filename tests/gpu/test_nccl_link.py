@@ -9,13 +9,17 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from diptych.types import PairAddress
+from diptych.types import KvParcel, PairAddress, TransferId
 from workers.transfer.link import MeetingPlace, PairLink
 
 pytestmark = pytest.mark.gpu
 
 NBYTES = 8 << 20
 FIRST_WITH_SHARED_GPU = (2, 30, 3)
+
+
+def _parcel(sequence: int) -> KvParcel:
+    return KvParcel(transfer=TransferId("t"), leg=0, epoch=1, sequence=sequence, first=0, count=1, nbytes=NBYTES)
 
 
 def _receive(pipe: Connection) -> None:
@@ -26,8 +30,8 @@ def _receive(pipe: Connection) -> None:
     pipe.send(address)
     link = PairLink("nccl", "receiver", "127.0.0.1", device, 30.0)
     link.open(address, place)
-    for _ in range(3):
-        pipe.send(int(link.receive(NBYTES).long().sum()))
+    for sequence in range(3):
+        pipe.send(int(link.receive(_parcel(sequence)).long().sum()))
     link.close()
 
 
@@ -45,7 +49,7 @@ def test_bytes_cross_in_order_and_an_abort_ends_the_pair(cuda: torch.device) -> 
         link = PairLink("nccl", "sender", "127.0.0.1", cuda, 30.0)
         link.open(address)
         for value in (1, 2, 3):
-            link.send(torch.full((NBYTES,), value, dtype=torch.uint8, device=cuda))
+            link.send(lambda value=value: torch.full((NBYTES,), value, dtype=torch.uint8, device=cuda))
         sums: list[int] = []
         for _ in range(3):
             assert ours.poll(60)

@@ -190,6 +190,7 @@ def _spec(name: str, role: Role) -> WorkerSpec:
         device="cpu",
         host="127.0.0.1",
         link="gloo",
+        wire="native",
         verify="all",
         secret=b"s",
         lease_seconds=10.0,

@@ -74,6 +74,7 @@ def stack(front_over: Callable[..., Any], byte_text: TextModel) -> Iterator[Any]
         device="cpu",
         host="127.0.0.1",
         link="gloo",
+        wire="native",
         verify="off",
         secret=b"s" * 16,
         lease_seconds=10.0,

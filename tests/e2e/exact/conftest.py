@@ -154,6 +154,7 @@ def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
         device="cpu",
         host="127.0.0.1",
         link="gloo",
+        wire="native",
         verify="all",
         secret=b"secret",
         lease_seconds=10,
