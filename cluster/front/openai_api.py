@@ -191,6 +191,8 @@ def _wanted(body: AnyRequest) -> Wanted:
         include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         prompt_logprobs=body.prompt_logprobs,
+        tenant=body.cache_salt or "",
+        tenant_name="cache_salt",
         fingerprint=body.diptych is not None and body.diptych.fingerprint,
     )
 
