@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full check format proto clean install
+.PHONY: help serve test test-full bench-relay bench-sampling check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,12 @@ test: install ## The tests, end to end too; PYTEST_ARGS="-k ..." passes argument
 test-full: test ## Also what takes longer than CI has, with real clients of all kinds
 	@$(BIN)/python -m pytest -m full $(PYTEST_ARGS)
 	@exec tests/clients/run --heavy
+
+bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
+	@exec $(BIN)/python tests/bench/relay.py $(ARGS)
+
+bench-sampling: install ## What choosing tokens costs beside the model
+	@exec $(BIN)/python tests/bench/bench_sampling.py $(ARGS)
 
 check: install ## Format, lint, types and protocol, changing nothing
 	$(BIN)/ruff format --check .

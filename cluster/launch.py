@@ -11,18 +11,19 @@ import secrets
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.config import Config
 from cluster.config.values import Address
+from cluster.journal import Journal
 from cluster.keeper import keep
 from cluster.models import resolve
 from cluster.models.cache import cache_folder
 from cluster.pools.members import Site, front_addresses
 from cluster.ray_address import RayUnusable, ray_address
 from cluster.ray_session import RaySession, open_ray, sweep
+from cluster.terminal import Terminal
 from diptych import __version__
 from diptych.errors import ServingError
 from diptych.types import ModelSource
@@ -49,7 +50,11 @@ def serve(config: Config, *, detach: bool = False) -> int:
 
 
 def _launch(config: Config, *, detach: bool) -> int:
-    say = narrator(time.monotonic())
+    with Terminal(bars=config.log.format == "text") as terminal:
+        return _launch_told(config, Journal(config.log, terminal), detach=detach)
+
+
+def _launch_told(config: Config, journal: Journal, *, detach: bool) -> int:
     try:
         address = ray_address()
         if detach and address is None:
@@ -60,59 +65,53 @@ def _launch(config: Config, *, detach: bool) -> int:
             )
         if not detach:  # a detached one of the same name is the better reason
             _check_free(front_addresses(config))
-        say(f"diptych {__version__}, model {config.model.name}")
-        source = resolve(config.model.name, progress=say)
-        return asyncio.run(_with_ray(config, address, source, say, detach=detach))
+        journal.say(f"diptych {__version__}, model {config.model.name}")
+        source = resolve(config.model.name, progress=journal.say)
+        return asyncio.run(_with_ray(config, address, source, journal, detach=detach))
     except (ServingError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        journal.fail(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-async def _with_ray(
-    config: Config, address: str | None, source: ModelSource, say: Callable[[str], None], *, detach: bool
-) -> int:
+async def _with_ray(config: Config, address: str | None, source: ModelSource, journal: Journal, *, detach: bool) -> int:
     session = open_ray(address, debug=config.log.level == "debug")
     stopping = _on_signals()  # after Ray, which sets its own
-    say(f"joined the Ray at {session.address}" if session.joined else "Ray is up")
+    journal.say(f"joined the Ray at {session.address}" if session.joined else "Ray is up")
     site = _site(session, source)
     try:
-        return await (_detach if detach else _serve)(config, site, session, stopping, say)
+        return await (_detach if detach else _serve)(config, site, session, stopping, journal)
     except Stopped:
-        say("stopped while starting")
+        journal.say("stopped while starting")
         return 0
     finally:
         session.close()
-        say("left Ray" if session.joined else "stopped")
+        journal.say("left Ray" if session.joined else "stopped")
 
 
-async def _serve(
-    config: Config, site: Site, session: RaySession, stopping: asyncio.Event, say: Callable[[str], None]
-) -> int:
+async def _serve(config: Config, site: Site, session: RaySession, stopping: asyncio.Event, journal: Journal) -> int:
     from cluster.pools.pools import Pools
 
-    pools = Pools(config, site, say)
+    pools = Pools(config, site, journal.say, journal.add)
     try:
         _announce(config, session, await _unless(stopping, pools.start()))
         why = await _unless(stopping, pools.wait_broken())
-        sys.stderr.write(f"error: {why}\n")
+        journal.fail(why)
         return 1
     except Stopped:
-        say("stopping")
+        journal.say("stopping")
         return 0
     finally:
         await pools.stop()
 
 
-async def _detach(
-    config: Config, site: Site, session: RaySession, stopping: asyncio.Event, say: Callable[[str], None]
-) -> int:
+async def _detach(config: Config, site: Site, session: RaySession, stopping: asyncio.Event, journal: Journal) -> int:
     from cluster import detached
 
     detached.check_absent(config.cluster.name)
     _check_free(front_addresses(config))
-    _announce(config, session, await _unless(stopping, detached.start(config, site, say)))
+    _announce(config, session, await _unless(stopping, detached.start(config, site, journal.say)))
     name = config.cluster.name
     sys.stdout.write(f"detached    diptych status --name {name} · diptych stop --name {name}\n")
     return 0
@@ -183,13 +182,3 @@ def _check_can_listen(what: str, address: Address) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"can't listen on {address}: {reason}; choose another --{what} HOST:PORT") from error
-
-
-def narrator(began: float) -> Callable[[str], None]:
-    """Lines for a person, on stderr, with the seconds since the start."""
-
-    def say(line: str) -> None:
-        sys.stderr.write(f"[{time.monotonic() - began:5.1f} s] {line}\n")
-        sys.stderr.flush()
-
-    return say

@@ -17,6 +17,12 @@ from cluster.ray_address import RayUnusable, check_version
 
 _OBJECT_STORE_BYTES = 100 << 20
 """Tokens and tickets are small; KV never passes through Ray's store."""
+_UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+"""What a Ray of our own measures for its dashboard, which we don't start: a sixth of an idle cluster's CPU."""
 _PREFIX = "diptych-ray-"
 _LOCK = "in-use"
 NAMESPACE = "diptych"
@@ -63,6 +69,8 @@ def open_ray(address: str | None, *, debug: bool = False) -> RaySession:
         # Read when Ray is imported, so before that.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        for name, value in _UNWATCHED.items():
+            os.environ.setdefault(name, value)
     import ray
 
     check_version(ray.__version__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from rich.bar import Bar
 from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -173,9 +173,11 @@ def _kv(worker: WorkerStatus) -> Table:
     load = worker.load
     used = load.blocks_held + load.blocks_granted + load.blocks_lent
     share = used / max(1, worker.info.blocks)
-    cell = Table.grid(padding=(0, 1, 0, 0))
+    cell = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
     colour = "green" if share < 0.7 else "yellow" if share < 0.9 else "red"
-    cell.add_row(Bar(1.0, 0.0, share, width=_BAR_CELLS, color=colour, bgcolor="grey30"), Text(f"{share:>4.0%}"))
+    # A line, so that those of neighbouring rows don't grow together.
+    bar = ProgressBar(1.0, share, width=_BAR_CELLS, style="grey30", complete_style=colour, finished_style=colour)
+    cell.add_row(bar, Text(f"{share:>4.0%}"))
     return cell
 
 

@@ -180,7 +180,11 @@ class Log(Section):
     """What is written to stderr."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important message that is written."""
+    """The least important message that is written; debug shows Ray's own lines too."""
+    format: Literal["text", "json"] = "text"
+    """text is for people; json is one object a line."""
+    prompts: bool = False
+    """Write the text of prompts and answers: for debugging, with their authors' consent."""
 
 
 class Config(Section):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from cluster.front.dispatcher import Dispatcher, FrontIdentity
     from cluster.front.http import HttpServer
+    from cluster.journal import Entry, Level
+    from cluster.observe.log_outlet import LogOutlet
     from cluster.scheduler.costs import RequestShape
     from diptych.types import (
         ClusterStatus,
@@ -43,6 +45,8 @@ class FrontSpec:
     model: ModelSource
     http: str
     grpc: str
+    log_level: Level
+    log_prompts: bool
     grace_seconds: int
     """How long streams under way may go on when the front is told to stop."""
 
@@ -63,16 +67,26 @@ class FrontActor:
         self._scheduler: SchedulerCalls | None = None
         self._http: HttpServer | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._log: LogOutlet | None = None
 
     async def prepare(self, scheduler: Any) -> int:  # noqa: ANN401 (handles are untyped)
         """Load the text side: in parallel with the workers' loading of weights. Its process."""
         from cluster.front.dispatcher import Dispatcher
         from cluster.front.tokenizer import TextModel
+        from cluster.observe.log_outlet import LogOutlet
 
+        self._log = LogOutlet(self._spec.identity.id, quotes=self._spec.log_prompts)
+        self._log.install(self._spec.log_level)
         text = await asyncio.to_thread(TextModel.load, self._spec.model)
         self._scheduler = SchedulerCalls(scheduler, _PATIENCES * self._spec.identity.patience_seconds)
         self._dispatcher = Dispatcher(self._spec.identity, text, self._scheduler)
         return os.getpid()
+
+    async def log(self) -> AsyncGenerator[tuple[Entry, ...], None]:
+        """What this front has to say, until it is closed."""
+        assert self._log is not None, "prepare comes first"
+        async for entries in self._log.batches():
+            yield entries
 
     async def use_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
         """The one before is dead; who waits for its answer asks this one."""
@@ -88,12 +102,14 @@ class FrontActor:
         """Listen. Raises OSError when an address is taken."""
         from cluster.front.grpc_service import serve_grpc
         from cluster.front.http import serve_http
+        from cluster.front.request_log import RequestLog
         from cluster.observe.metrics import FrontMetrics
 
+        log = RequestLog(self._it.text if self._spec.log_prompts else None)
         metrics = FrontMetrics(self._it.model_name)
         service = metrics.observed(self._it)
-        self._http = await serve_http(service, self._spec.http, metrics, grace_seconds=self._spec.grace_seconds)
-        self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc)
+        self._http = await serve_http(service, self._spec.http, metrics, log, grace_seconds=self._spec.grace_seconds)
+        self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc, log)
         return Ports(self._http.port, grpc_port)
 
     async def close(self) -> None:
@@ -102,6 +118,8 @@ class FrontActor:
         await asyncio.gather(*stopping, *(server.stop() for server in [self._http] if server))
         if self._dispatcher:
             await self._dispatcher.close()
+        if self._log:
+            self._log.end()
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process dies."""

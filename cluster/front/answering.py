@@ -15,26 +15,35 @@ from diptych.errors import DeadlineExceeded, Internal
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
+    from cluster.front.request_log import Record
     from cluster.front.service import Ask, Delta, Service
 
 
-async def answer(service: Service, ask: Ask, handle: Callable[[Delta], Awaitable[None]]) -> None:
+async def answer(service: Service, ask: Ask, record: Record, handle: Callable[[Delta], Awaitable[None]]) -> None:
     """Every piece of one answer, in order. Raises what the service or `handle` raises."""
     finished = False
-    async with aclosing(service.generate(ask)) as deltas:
-        async for delta in deltas:
-            finished = delta.finish is not None
-            await handle(delta)
-    if not finished:
-        raise Internal(f"request {ask.id} ended without a finish")
+    try:
+        async with aclosing(service.generate(ask)) as deltas:
+            async for delta in deltas:
+                finished = delta.finish is not None
+                record.take(delta)
+                await handle(delta)
+        if not finished:
+            raise Internal(f"request {ask.id} ended without a finish")
+    except BaseException as error:
+        record.fail(error)
+        raise
 
 
-async def answer_all(service: Service, asks: Sequence[Ask], handle: Callable[[int, Delta], Awaitable[None]]) -> None:
+async def answer_all(
+    service: Service, asks: Sequence[Ask], record: Record, handle: Callable[[int, Delta], Awaitable[None]]
+) -> None:
     """Several answers at once, each piece with its answer's place in `asks`; the first error ends them all."""
+    record.begin(asks)
     try:
         async with asyncio.TaskGroup() as group:
             for place, ask in enumerate(asks):
-                group.create_task(answer(service, ask, _placed(place, handle)))
+                group.create_task(answer(service, ask, record, _placed(place, handle)))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 

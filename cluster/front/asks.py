@@ -82,6 +82,7 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
             params=params,
             stop=wanted.stop,
             choice=choice,
+            tenant=wanted.tenant,
             continued=prompt.continued,
         )
         for place, (prompt, params) in enumerate(zip(prompts, parameters, strict=True))

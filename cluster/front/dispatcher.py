@@ -20,7 +20,7 @@ from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
 from cluster.scheduler.costs import RequestShape
 from diptych.errors import InvalidRequest, ServingError, WorkerLost
-from diptych.hashing import granule_hashes
+from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
     ClusterStatus,
@@ -168,12 +168,13 @@ class Dispatcher:
         return self._status[1]
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
+        root = tenant_root(self._identity.root, ask.tenant)
         request = Request(
             id=ask.id,
             front=self._identity.id,
             tokens=ask.tokens,
-            granules=granule_hashes(ask.tokens, self._identity.root),
-            root=self._identity.root,
+            granules=granule_hashes(ask.tokens, root),
+            root=root,
             params=ask.params,
             choice=ask.choice,
             arrived=time.time(),

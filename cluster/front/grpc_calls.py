@@ -10,8 +10,9 @@ from grpc_status import rpc_status
 
 from cluster.front.answering import within
 from cluster.front.patience import Patience
+from cluster.front.request_log import Record
 from diptych.errors import DeadlineExceeded, Internal, ServingError
-from diptych.rpc import to_status
+from diptych.rpc import code_of, to_status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -48,17 +49,28 @@ class Context(Protocol):
 
 
 @asynccontextmanager
-async def answering(context: Context, request_id: str) -> AsyncGenerator[None]:
+async def answering(context: Context, record: Record) -> AsyncGenerator[None]:
     """Ends the call with a status that says what went wrong, and at the caller's deadline at the latest."""
+    status = "OK"
     try:
         async with within(context.time_remaining()):
             yield
     except ServingError as error:
+        status = code_of(error).name
+        record.fail(error)
         await context.abort_with_status(_status(error))
-    except Exception:
+    except Exception as error:
         # The last door: the client learns that it failed, the log learns why.
-        _log.exception("request %s failed", request_id)
-        await context.abort_with_status(_status(Internal(f"internal error; request {request_id}")))
+        status = "INTERNAL"
+        record.fail(error)
+        _log.exception("request %s failed", record.request_id)
+        await context.abort_with_status(_status(Internal(f"internal error; request {record.request_id}")))
+    except BaseException as error:
+        status = "CANCELLED"
+        record.fail(error)
+        raise
+    finally:
+        record.end(status)
 
 
 def _status(error: ServingError) -> grpc.Status:

@@ -58,6 +58,7 @@ def wanted_of(request: GenerateRequest) -> Wanted:
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        tenant=request.tenant,
         fingerprint=request.fingerprint,
         forced=tuple(request.forced_token_ids),
     )

@@ -33,6 +33,7 @@ from cluster.front.grpc_messages import (
 )
 from cluster.front.grpc_readable import Readable
 from cluster.front.patience import Patience
+from cluster.front.request_log import RequestLog
 from cluster.front.wanted import check_token_ids
 from diptych.errors import InvalidRequest
 from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from cluster.front.grpc_calls import Context
+    from cluster.front.request_log import Record
     from cluster.front.service import Ask, Delta, Service
     from diptych.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
     from diptych.v1.inference_pb2 import (
@@ -77,29 +79,31 @@ _SERVER_OPTIONS: Final = (
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
     """Answers, over one service."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, log: RequestLog) -> None:
         self._service = service
+        self._log = log
         self._running: set[str] = set()
         self._patience = Patience()
 
     async def Generate(self, request: GenerateRequest, context: Context) -> None:
         """Chunks, then one `complete`; the call's end, however it comes, frees the request's blocks."""
-        request_id = request.request_id or f"gen-{secrets.token_hex(16)}"
-        async with answering(context, request_id):
+        request_id = request.request_id or _new_id("gen")
+        record = self._log.record(request_id, "grpc", "Generate")
+        async with answering(context, record):
             check_request_id(request_id)
             ask = await self._ask(request, request_id)
             with self._alone(request_id):
                 await context.send_initial_metadata((("x-request-id", request_id),))
-                await self._write(ask, context)
+                await self._write(ask, record, context)
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:
         """The tokens that Generate would compute."""
-        async with answering(context, "tokenize"):
+        async with answering(context, self._log.record(_new_id(), "grpc", "Tokenize")):
             return inference_pb2.TokenizeResponse(token_ids=(await self._prompt(request)).tokens)
 
     async def Detokenize(self, request: DetokenizeRequest, context: Context) -> DetokenizeResponse:
         """The tokens' text."""
-        async with answering(context, "detokenize"):
+        async with answering(context, self._log.record(_new_id(), "grpc", "Detokenize")):
             check_model(self._service, request.model or self._service.model_name)
             tokens = tuple(request.token_ids)
             check_token_ids(tokens, self._service.text.vocab_size, "token_ids")
@@ -107,7 +111,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
         """The one model served."""
-        async with answering(context, "list-models"):
+        async with answering(context, self._log.record(_new_id(), "grpc", "ListModels")):
             model = inference_pb2.Model(id=self._service.model_name, max_context=max_context(self._service))
             return inference_pb2.ListModelsResponse(models=[model])
 
@@ -131,7 +135,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             return Prompt(tokens=tokens, name=name, continued=False)
         return Prompt(tokens=await encode_text(self._service.text, request.text), name=name)
 
-    async def _write(self, ask: Ask, context: Context) -> None:
+    async def _write(self, ask: Ask, record: Record, context: Context) -> None:
         async def write(delta: Delta) -> None:
             for chunk in chunks_of(delta):
                 await write_within(self._patience, context, chunk, STALL_TIMEOUT_SECONDS)
@@ -140,7 +144,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                 complete = complete_of(ask.id, delta.finish, delta.usage)
                 await write_within(self._patience, context, complete, STALL_TIMEOUT_SECONDS)
 
-        await answer(self._service, ask, write)
+        record.begin([ask])
+        await answer(self._service, ask, record, write)
 
     @contextmanager
     def _alone(self, request_id: str) -> Generator[None]:
@@ -157,22 +162,28 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 class Admin(admin_pb2_grpc.AdminServiceServicer):
     """The cluster, seen."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, log: RequestLog) -> None:
         self._service = service
+        self._log = log
 
     async def GetStatus(self, request: GetStatusRequest, context: Context) -> GetStatusResponse:
         """The scheduler's view."""
-        async with answering(context, "get-status"):
+        async with answering(context, self._log.record(_new_id(), "grpc", "GetStatus")):
             return status_of(await self._service.status(), ready=self._service.ready)
 
 
-async def serve_grpc(service: Service, host_port: str) -> tuple[grpc.aio.Server, int]:
+def _new_id(kind: str = "req") -> str:
+    return f"{kind}-{secrets.token_hex(16)}"
+
+
+async def serve_grpc(service: Service, host_port: str, log: RequestLog | None = None) -> tuple[grpc.aio.Server, int]:
     """Listens on "host:port" (port 0: any) in the caller's event loop; the server and its port.
 
     End it with `await server.stop(grace_seconds)`. Raises OSError when it can't listen.
     """
-    server = grpc.aio.server(interceptors=(Readable(),), options=_SERVER_OPTIONS)
-    _add_services(service, server)
+    log = log or RequestLog()
+    server = grpc.aio.server(interceptors=(Readable(log),), options=_SERVER_OPTIONS)
+    _add_services(service, log, server)
     try:
         port = server.add_insecure_port(host_port)
     except RuntimeError as error:
@@ -181,15 +192,15 @@ async def serve_grpc(service: Service, host_port: str) -> tuple[grpc.aio.Server,
     return server, port
 
 
-def _add_services(service: Service, server: grpc.aio.Server) -> None:
+def _add_services(service: Service, log: RequestLog, server: grpc.aio.Server) -> None:
     inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
     admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
     health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     checked = Health(service, frozenset(("", inference)), frozenset((admin, health)))
     # Generated code carries no types.
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(  # pyright: ignore[reportUnknownMemberType]
-        Inference(service), server
+        Inference(service, log), server
     )
-    admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)  # pyright: ignore[reportUnknownMemberType]
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service, log), server)  # pyright: ignore[reportUnknownMemberType]
     health_pb2_grpc.add_HealthServicer_to_server(checked, server)  # pyright: ignore[reportUnknownMemberType]
     reflection.enable_server_reflection((inference, admin, health, reflection.SERVICE_NAME), server)

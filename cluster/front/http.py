@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.front.errors import error_body, http_error
-from cluster.front.openai_api import OpenAiApi, request_id_of
+from cluster.front.openai_api import OpenAiApi, record_of, request_id_of
 from cluster.front.openapi import document
+from cluster.front.request_log import RequestLog
 from cluster.front.tokenize_api import TokenizeApi
 from cluster.observe.metrics import FrontMetrics
 from diptych.errors import Internal, ServingError
@@ -38,30 +39,44 @@ GRACE_SECONDS: Final = 5
 STOP_SECONDS: Final = 5.0
 """Bound on everything about starting and stopping that takes milliseconds."""
 
+_NOBODY_LISTENS: Final = 499
+"""nginx's status for a client that hung up first; only the log sees it."""
 _ID_PREFIXES: Final = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl"}
 
 
-class RequestIds:
-    """Gives every request an id, and every response the header x-request-id with it."""
+class Requests:
+    """Gives every request an id, its response the header x-request-id with it, and the log its lines."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, log: RequestLog) -> None:
         self._app = app
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["request_id"] = f"{_ID_PREFIXES.get(scope['path'], 'req')}-{secrets.token_hex(16)}"
+        request_id = scope["request_id"] = f"{_ID_PREFIXES.get(scope['path'], 'req')}-{secrets.token_hex(16)}"
+        record = scope["record"] = self._log.record(request_id, "http", f"{scope['method']} {scope['path'][:100]}")
+        status = _NOBODY_LISTENS
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", scope["request_id"].encode())]
+                nonlocal status
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except BaseException as error:
+            status = 500
+            record.fail(error)
+            raise
+        finally:
+            record.end(status)
 
 
-def build_app(service: Service, metrics: FrontMetrics | None = None) -> Starlette:
+def build_app(service: Service, metrics: FrontMetrics | None = None, log: RequestLog | None = None) -> Starlette:
     """The HTTP front. With `metrics` given, `service` is what it observes already."""
     if metrics is None:
         metrics = FrontMetrics(service.model_name)
@@ -92,11 +107,12 @@ def build_app(service: Service, metrics: FrontMetrics | None = None) -> Starlett
         ClientDisconnect: _answer_nobody,
         Exception: _answer_bug,
     }
-    return Starlette(routes=routes, middleware=[Middleware(RequestIds)], exception_handlers=handlers)
+    return Starlette(routes=routes, middleware=[Middleware(Requests, log or RequestLog())], exception_handlers=handlers)
 
 
 async def _answer_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
+    record_of(request).fail(error)
     answer = http_error(error)
     return JSONResponse(answer.body, answer.status, answer.headers)
 
@@ -111,7 +127,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
     """The client hung up: whatever is returned goes nowhere."""
-    return Response(status_code=499)
+    return Response(status_code=_NOBODY_LISTENS)
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
@@ -156,12 +172,17 @@ class HttpServer:
 
 
 async def serve_http(
-    service: Service, host_port: str, metrics: FrontMetrics | None = None, *, grace_seconds: int = GRACE_SECONDS
+    service: Service,
+    host_port: str,
+    metrics: FrontMetrics | None = None,
+    log: RequestLog | None = None,
+    *,
+    grace_seconds: int = GRACE_SECONDS,
 ) -> HttpServer:
     """Listens on "host:port" (port 0: any) in the caller's event loop. Raises OSError when it can't."""
     listener = _listen(host_port)
     config = uvicorn.Config(
-        build_app(service, metrics),
+        build_app(service, metrics, log),
         access_log=False,
         lifespan="off",
         log_config=None,

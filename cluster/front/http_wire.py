@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
+    from cluster.front.request_log import Record
+
 MAX_BODY_BYTES: Final = 8 << 20
 BODY_TIMEOUT_SECONDS: Final = 30.0
 STALL_TIMEOUT_SECONDS: Final = 60.0
@@ -124,7 +126,10 @@ class EventStream:
     Its headers leave with the first event, so that an error before any token still has its own status.
     """
 
-    def __init__(self, produce: Callable[[Emit], Awaitable[None]], request_id: str, patience: Patience) -> None:
+    def __init__(
+        self, produce: Callable[[Emit], Awaitable[None]], request_id: str, patience: Patience, record: Record
+    ) -> None:
+        self._record = record
         self._produce = produce
         self._patience = patience
         self._request_id = request_id
@@ -146,6 +151,7 @@ class EventStream:
         try:
             await self._produce(emit)
         except ServingError as error:
+            self._record.fail(error)
             await self._emit_error(send, error)
         except ClientStalled:
             raise

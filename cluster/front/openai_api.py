@@ -16,6 +16,7 @@ from cluster.front.openai_answers import Answer, Envelope, EventWriter, total_us
 from cluster.front.openai_choices import Choice
 from cluster.front.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, parse_request
 from cluster.front.patience import Patience
+from cluster.front.request_log import Record
 from cluster.front.wanted import Wanted
 from cluster.observe.metrics import FrontMetrics
 from diptych import __version__
@@ -76,20 +77,21 @@ class OpenAiApi:
     async def _respond(
         self, request: Request, kind: Kind, body: AnyRequest, prompts: Sequence[Prompt], wanted: Wanted
     ) -> Response | EventStream:
-        request_id, deadline = request_id_of(request), deadline_seconds(request)
+        request_id, deadline, record = request_id_of(request), deadline_seconds(request), record_of(request)
         choices = body.n or 1
         asks = asks_of(self.service, request_id, prompts, wanted, choices=choices)
         envelope = Envelope(id=request_id, kind=kind, model=self.service.model_name, created=int(time.time()))
         beside = [self._choice(ask, kind, body, place // choices) for place, ask in enumerate(asks)]
         if body.stream:
-            return EventStream(self._streaming(asks, beside, envelope, body, deadline), request_id, self.patience)
+            produce = self._streaming(asks, beside, envelope, body, deadline, record)
+            return EventStream(produce, request_id, self.patience, record)
         answers = [Answer() for _ in asks]
 
         async def collect(place: int, delta: Delta) -> None:
             answers[place].add(beside[place].with_echo(delta))
 
         async with within(deadline):
-            await while_connected(request.receive, answer_all(self.service, asks, collect))
+            await while_connected(request.receive, answer_all(self.service, asks, record, collect))
         return JSONResponse(whole(envelope, answers, beside, choices))
 
     def _choice(self, ask: Ask, kind: Kind, body: AnyRequest, prompt: int) -> Choice:
@@ -107,6 +109,7 @@ class OpenAiApi:
         envelope: Envelope,
         body: AnyRequest,
         deadline: float | None,
+        record: Record,
     ) -> Callable[[Emit], Awaitable[None]]:
         options = body.stream_options
         include_usage = options is not None and bool(options.include_usage)
@@ -126,7 +129,7 @@ class OpenAiApi:
                     await emit(events)
 
             async with within(deadline):
-                await answer_all(self.service, asks, write)
+                await answer_all(self.service, asks, record, write)
             await emit(writer.last(total_usage(ends, body.n or 1) if include_usage else None))
 
         return produce
@@ -188,6 +191,8 @@ def _wanted(body: AnyRequest) -> Wanted:
         include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         prompt_logprobs=body.prompt_logprobs,
+        tenant=body.cache_salt or "",
+        tenant_name="cache_salt",
         fingerprint=body.diptych is not None and body.diptych.fingerprint,
     )
 
@@ -197,6 +202,13 @@ def turn_of(message: Message) -> ChatMessage:
     # OpenAI's newer name for the system's turn; chat templates know the older one.
     role = "system" if message.role == "developer" else message.role
     return ChatMessage(role=role, content=message.content, name=message.name)
+
+
+def record_of(request: Request) -> Record:
+    """What the log will say of it."""
+    record = request.scope["record"]
+    assert isinstance(record, Record)
+    return record
 
 
 def request_id_of(request: Request) -> str:

@@ -172,6 +172,8 @@ class AnyRequest(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    """vLLM's: prompts are found cached only when they came with the same."""
     diptych: Extension | None = None
 
 

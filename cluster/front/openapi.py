@@ -71,6 +71,7 @@ _LIMITS: Final[dict[str, Json]] = {
     "allowed_token_ids": {"minItems": 1, "maxItems": limits.MAX_ALLOWED_TOKENS},
     "logit_bias": {"maxProperties": limits.MAX_BIASED_TOKENS},
     "top_logprobs": {"minimum": 0, "maximum": limits.MAX_LOGPROBS},
+    "cache_salt": {"maxLength": limits.MAX_TENANT_CHARACTERS},
     "prompt_logprobs": {"minimum": 0, "maximum": limits.MAX_LOGPROBS},
 }
 """What is checked where the numbers are used (`cluster.front.asks`), so that both protocols have it."""

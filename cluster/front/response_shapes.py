@@ -61,11 +61,51 @@ class Usage(Shape):
     diptych: Served
 
 
+class TopLogprob(Shape):
+    """A token and its log-probability: of the raw logits, before penalties and temperature."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """Of one token of the answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Shape):
+    """With `logprobs: true`."""
+
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class TextLogprobs(Shape):
+    """With `logprobs: n`: one entry per token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    """null for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptLogprob(Shape):
+    """Of a prompt's token or one of its best alternatives."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatAnswerMessage(Shape):
     """What the model said."""
 
     role: Literal["assistant"]
-    content: str | None
+    content: str
+    refusal: None
 
 
 class ChatChoice(Shape):
@@ -73,6 +113,7 @@ class ChatChoice(Shape):
 
     index: int
     message: ChatAnswerMessage
+    logprobs: ChatLogprobs | None
     finish_reason: str
 
 
@@ -85,6 +126,8 @@ class ChatCompletion(Shape):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    """By token id, for each position of the prompt, when asked for."""
 
 
 class TextChoice(Shape):
@@ -92,7 +135,10 @@ class TextChoice(Shape):
 
     index: int
     text: str
+    logprobs: TextLogprobs | None
     finish_reason: str
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    """By token id, for each position of the prompt, when asked for."""
 
 
 class TextCompletion(Shape):

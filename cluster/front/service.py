@@ -51,6 +51,8 @@ class Ask:
     params: SamplingParams
     stop: tuple[str, ...] = ()
     choice: int = 0
+    tenant: str = ""
+    """Cached blocks are shared within it only."""
     continued: bool = False
     """The answer goes on where the prompt ends, so a space that it starts with is its own."""
 

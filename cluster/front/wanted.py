@@ -23,6 +23,7 @@ MAX_BAD_WORDS: Final = 256
 MAX_BAD_WORD_CHARACTERS: Final = 256
 MAX_ALLOWED_TOKENS: Final = 8192
 MAX_LOGPROBS: Final = 20
+MAX_TENANT_CHARACTERS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,9 @@ class Wanted:
     logprobs_name: str = "logprobs"
     """What the client called it."""
     prompt_logprobs: int | None = None
+    tenant: str = ""
+    tenant_name: str = "tenant"
+    """What the client called it."""
     fingerprint: bool = False
     forced: tuple[int, ...] = ()
 
@@ -61,6 +65,8 @@ def check_wanted(wanted: Wanted, vocabulary: int) -> None:
     _check_counts(wanted)
     _check_drawing(wanted)
     _check_penalties(wanted)
+    if wanted.tenant:
+        _check_texts(wanted.tenant_name, (wanted.tenant,), 1, MAX_TENANT_CHARACTERS)
     _check_texts("stop", wanted.stop, MAX_STOPS, MAX_STOP_CHARACTERS)
     _check_texts("bad_words", wanted.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARACTERS)
     _check_tokens("stop_token_ids", wanted.stop_token_ids, MAX_STOP_TOKENS, vocabulary)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.models.progress import EVERY_SECONDS, megabytes, percent
+from cluster.models.progress import EVERY_SECONDS, Step, megabytes, percent
 
 WHOLE_LIMIT_BYTES = 2 << 30
 SAMPLE_BYTES = 1 << 20
@@ -53,7 +53,8 @@ class _Progress:
         self._done += count
         if time.monotonic() - self._said >= EVERY_SECONDS:
             self._said = time.monotonic()
-            self._say(f"Naming the model's content: {megabytes(self._done)}, {percent(self._done, self._total)}")
+            line = f"Naming the model's content: {megabytes(self._done)}, {percent(self._done, self._total)}"
+            self._say(Step(line, self._done, self._total))
 
 
 def _identity(files: Sequence[Path]) -> str:

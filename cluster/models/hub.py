@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.models.errors import ModelUnreachable
-from cluster.models.progress import megabytes, total_bytes, watched
+from cluster.models.progress import Step, megabytes, total_bytes, watched
 from diptych.errors import UnknownModel
 
 _WANTED = ("*.json", "*.safetensors", "*.jinja")
@@ -21,7 +21,12 @@ def fetch_from_hub(name: str, *, progress: Callable[[str], None]) -> Path:
 
     stored = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     progress(f"Asking the Hugging Face hub for {name}")
-    with watched(progress, lambda: f"Fetching {name}: {megabytes(total_bytes(stored))} here"):
+
+    def describe() -> Step:
+        here = total_bytes(stored)
+        return Step(f"Fetching {name}: {megabytes(here)} here", here)
+
+    with watched(progress, describe):
         try:
             return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
         except RepositoryNotFoundError as error:

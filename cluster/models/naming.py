@@ -37,7 +37,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def resolve(name: str, *, progress: Callable[[str], None]) -> ModelSource:
     """The files that `name` means, fetched first if they have to be.
 
-    `progress` gets one line at a time, at least every two seconds on long steps, sometimes from
+    `progress` gets one line at a time, many a second (`Step`) on long steps, sometimes from
     another thread. Raises `UnknownModel`, `ModelUnreachable` or `UnsupportedModel`.
     """
     if name in _KNOWN:

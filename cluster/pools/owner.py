@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from ray.actor import exit_actor
 
 from cluster.config import Config
 from cluster.front.actor import Ports
+from cluster.journal import Journal, Level
 from cluster.pools.members import Site
 from cluster.pools.pools import Pools
+from cluster.terminal import Terminal
 
 if TYPE_CHECKING:
     from diptych.types import ClusterStatus
@@ -41,6 +42,7 @@ class OwnerActor:
         self._config = config
         self._site = site
         self._since = time.time()
+        self._journal = Journal(config.log, Terminal(), config.cluster.name)
         self._news: asyncio.Queue[str | Exception | tuple[Ports, ...]] = asyncio.Queue()
         self._ports: tuple[Ports, ...] = ()
         self._pools: Pools | None = None
@@ -48,7 +50,7 @@ class OwnerActor:
 
     async def start(self) -> AsyncGenerator[str | tuple[Ports, ...]]:
         """Lines for a person while it starts, then where its fronts listen. Raises what a part raised."""
-        self._pools = Pools(self._config, self._site, self._say)
+        self._pools = Pools(self._config, self._site, self._say, self._journal.add)
         self._life = asyncio.ensure_future(self._live(self._pools))
         while True:
             news = await self._news.get()
@@ -93,13 +95,12 @@ class OwnerActor:
             return
         self._news.put_nowait(self._ports)
         why = await pools.wait_broken()
-        self._say(f"ends: {why}")
+        self._say(f"ends: {why}", "error")
         await pools.stop()
         ray.kill(ray.get_runtime_context().current_actor)  # pyright: ignore
 
-    def _say(self, line: str) -> None:
+    def _say(self, message: str, level: Level = "info") -> None:
         """To Ray's log of this process, and to the launcher while it listens."""
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        self._journal.say(message, level)
         if not self._ports:
-            self._news.put_nowait(line)
+            self._news.put_nowait(message)

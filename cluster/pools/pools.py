@@ -17,6 +17,9 @@ import ray
 
 from cluster.config import Config
 from cluster.front.actor import Ports
+from cluster.journal import Entry, Say
+from cluster.models.progress import Step
+from cluster.pools.listeners import Listeners
 from cluster.pools.members import Site, device_of, first_members, front_addresses
 from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
@@ -36,8 +39,8 @@ _END_SECONDS = 2.0
 class Pools:
     """A running cluster, from its owner's side. Lives on the owner's event loop."""
 
-    def __init__(self, config: Config, site: Site, say: Callable[[str], None]) -> None:
-        """`say` gets a line for a person at each step and at each death."""
+    def __init__(self, config: Config, site: Site, say: Say, add: Callable[[Entry], None]) -> None:
+        """`say` gets a line for a person at each step and at each death, `add` what the fronts log."""
         self._config = config
         self._site = site
         self._say = say
@@ -48,6 +51,7 @@ class Pools:
         self._scheduler: Any = None
         self._scheduler_deaths = Deaths()
         self._watches: set[asyncio.Task[None]] = set()
+        self._listeners = Listeners(add)
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> tuple[Ports, ...]:
@@ -59,6 +63,7 @@ class Pools:
         addresses = front_addresses(self._config)
         self._fronts = [FrontPart(number, http, grpc) for number, (http, grpc) in enumerate(addresses)]
         self._workers = {spec.id: WorkerPart(spec, self._make.worker(spec)) for spec in specs}
+        self._say_loading()
         try:
             ports = await asyncio.wait_for(self._start_all(), _START_SECONDS)
         except TimeoutError:
@@ -72,7 +77,7 @@ class Pools:
         return ports
 
     async def _start_all(self) -> tuple[Ports, ...]:
-        starts = [self._start_worker(worker) for worker in self._workers.values()]
+        starts = [self._start_first(worker) for worker in self._workers.values()]
         await asyncio.gather(*(self._prepare_front(front) for front in self._fronts), *starts)
         await self._introduce()
         await asyncio.gather(*(self._join(worker) for worker in self._workers.values()))
@@ -93,6 +98,7 @@ class Pools:
         grace = self._site.grace_seconds
         closes = [front.handle.close.remote() for front in self._fronts if front.prepared]
         await self._all_bounded(closes, "a front", 2 * grace + 1)
+        await self._listeners.wait_last_words(_END_SECONDS)
         stops = [worker.handle.stop.remote(grace) for worker in self._workers.values() if worker.info]
         await self._all_bounded(stops, "a worker", grace + 1)
         handles = [self._scheduler, *(part.handle for part in [*self._fronts, *self._workers.values()])]
@@ -109,6 +115,15 @@ class Pools:
         tokens = info.blocks * info.layout.block_size
         self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype})")
 
+    async def _start_first(self, worker: WorkerPart) -> None:
+        await self._start_worker(worker)
+        self._say_loading()
+
+    def _say_loading(self) -> None:
+        up, all_of_them = len(self._up()), len(self._workers)
+        if up < all_of_them:
+            self._say(Step(f"loading the model: {up} of {all_of_them} workers are up", up, all_of_them))
+
     async def _join(self, worker: WorkerPart) -> None:
         """Requests are placed on it from now on: everyone knows it already."""
         await answer(self._scheduler.join.remote(worker.info), "the scheduler")
@@ -121,7 +136,7 @@ class Pools:
             how = await wait_end(
                 worker.handle, worker.spec.id, silence_of(worker.handle, worker.spec.id), self._patience_seconds, pid
             )
-            self._say(f"{worker.spec.id} {how}")
+            self._say(f"{worker.spec.id} {how}", "warning")
             worker.info = None
             leave = self._scheduler.leave.remote(worker.spec.id, worker.spec.epoch)
             await self._bounded(leave, "the scheduler", _CALL_SECONDS)
@@ -144,7 +159,7 @@ class Pools:
             except (ServingError, TimeoutError) as error:
                 worker.info = None
                 ray.kill(worker.handle)  # pyright: ignore[reportUnknownMemberType]
-                self._say(f"{worker.spec.id} did not come back: {error!r}")
+                self._say(f"{worker.spec.id} did not come back: {error!r}", "warning")
 
     @property
     def _room_seconds(self) -> float:
@@ -157,6 +172,7 @@ class Pools:
         front.handle = self._make.front(front.id, front.http, front.grpc)
         front.pid = await answer(front.handle.prepare.remote(self._scheduler), front.id)
         front.prepared = True
+        self._listeners.hear(front.handle)
 
     async def _open_front(self, front: FrontPart) -> Ports:
         ports: Ports = await answer(front.handle.open.remote(), front.id)
@@ -169,7 +185,7 @@ class Pools:
             pulse = pulse_of(front.handle, front.id)
             how = await wait_end(front.handle, front.id, pulse, self._patience_seconds, front.pid)
             front.prepared = False
-            self._say(f"{front.id} {how}; its requests are cancelled")
+            self._say(f"{front.id} {how}; its requests are cancelled", "warning")
             leaves = [worker.handle.front_left.remote(front.id) for worker in self._workers.values() if worker.info]
             await self._all_bounded(leaves, "a worker", _CALL_SECONDS)
             await self._replace_front(front)
@@ -189,7 +205,7 @@ class Pools:
             except (ServingError, TimeoutError) as error:
                 front.prepared = False
                 ray.kill(front.handle)  # pyright: ignore[reportUnknownMemberType]
-                self._say(f"{front.id} did not come back: {error!r}")
+                self._say(f"{front.id} did not come back: {error!r}", "warning")
             else:
                 self._say(f"{front.id} is up: HTTP {front.http}, gRPC {front.grpc}")
 
@@ -199,7 +215,7 @@ class Pools:
         while True:
             who = "the scheduler"
             how = await wait_end(self._scheduler, who, pulse_of(self._scheduler, who), self._patience_seconds, None)
-            self._say(f"{who} {how}; requests under way go on")
+            self._say(f"{who} {how}; requests under way go on", "warning")
             self._scheduler_deaths.add(time.monotonic())
             if self._scheduler_deaths.too_many:
                 return self._break(f"{who} died {self._scheduler_deaths}")
@@ -230,10 +246,10 @@ class Pools:
             async with asyncio.timeout(_CALL_SECONDS):
                 await self._introduce()
         except (ServingError, TimeoutError) as error:
-            self._say(f"not everyone heard of the change: {error!r}")
+            self._say(f"not everyone heard of the change: {error!r}", "warning")
 
     def _give_up(self, who: str, deaths: Deaths) -> None:
-        self._say(f"{who} died {deaths} and is not replaced")
+        self._say(f"{who} died {deaths} and is not replaced", "error")
         decoding = [worker for worker in self._workers.values() if worker.spec.role != "prefill"]
         for kind, parts in (("worker that decodes", decoding), ("front", self._fronts)):
             if all(part.lost for part in parts):
@@ -256,4 +272,4 @@ class Pools:
         try:
             await asyncio.wait_for(answer(call, who), seconds)
         except (ServingError, TimeoutError) as error:
-            self._say(f"{who}: {error!r}")
+            self._say(f"{who}: {error!r}", "warning")

@@ -80,6 +80,8 @@ class Processes:
             model=self._site.model,
             http=str(http),
             grpc=str(grpc),
+            log_level=self._config.log.level,
+            log_prompts=self._config.log.prompts,
             grace_seconds=self._site.grace_seconds,
         )
         options = actor_options() | here(self._site.node)

@@ -64,6 +64,8 @@ class Wishes(TypedDict, total=False):
     forced: Iterable[int]
     """Teacher forcing: these tokens are emitted in turn, whatever the logits say."""
     request_id: str
+    tenant: str
+    """Prompts are found cached only when the same tenant sent them."""
 
 
 def generate_request(
@@ -99,6 +101,7 @@ def generate_request(
             include_stop=wishes.get("include_stop", False),
         ),
         request_id=wishes.get("request_id", ""),
+        tenant=wishes.get("tenant", ""),
         fingerprint=wishes.get("fingerprint", False),
         forced_token_ids=wishes.get("forced", ()),
     )

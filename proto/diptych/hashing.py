@@ -38,6 +38,16 @@ class KvIdentity:
         return BlockHash(hashlib.sha256(text.encode()).digest())
 
 
+def tenant_root(root: BlockHash, tenant: str) -> BlockHash:
+    """As `KvIdentity.salt`, where only the root is known. The empty tenant's is `root` itself.
+
+    What is hashed is shorter than a granule's, so no tenant's name makes a root that is some prompt's granule.
+    """
+    if not tenant:
+        return root
+    return BlockHash(hashlib.sha256(b"tenant\x1f" + root + hashlib.sha256(tenant.encode()).digest()).digest())
+
+
 def granule_hashes(tokens: Sequence[int], root: BlockHash, *, start: int = 0) -> tuple[BlockHash, ...]:
     """Names of the full granules of `tokens[start:]`.
 

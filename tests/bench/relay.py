@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from diptych import Client
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+IDLE_SECONDS = 15
 PARTS = ("front", "workers' other threads", "scheduler", "launcher", "raylet", "gcs", "Ray, the rest")
 
 
@@ -80,10 +82,25 @@ def say(stream: IO[str] | None, word: str) -> None:
     stream.flush()
 
 
+def idle(cluster: Cluster) -> float:
+    """CPU seconds a second of everything but the engines, while nobody asks: Ray's heartbeats, ours, and timers."""
+    workers = worker_names(cluster)
+    before = spent(cluster, workers)
+    time.sleep(IDLE_SECONDS)
+    used = spent(cluster, workers)
+    used.subtract(before)
+    return sum(used[part] for part in PARTS) / IDLE_SECONDS
+
+
+def worker_names(cluster: Cluster) -> dict[int, str]:
+    """By process id."""
+    with Client(cluster.grpc) as client:
+        return {worker.info.pid: worker.info.id for worker in client.status().workers}
+
+
 def measure(cluster: Cluster, protocol: str, streams: int, tokens: int, rounds: int) -> list[Counter[str]]:
     """CPU microseconds per output token, by part, for each round; one more comes first, to warm up."""
-    with Client(cluster.grpc) as client:
-        workers = {worker.info.pid: worker.info.id for worker in client.status().workers}
+    workers = worker_names(cluster)
     measured: list[Counter[str]] = []
     target = cluster.grpc if protocol == "grpc" else cluster.http
     with streaming(protocol, target, streams, tokens) as client:
@@ -104,6 +121,11 @@ def relay(costs: Counter[str]) -> float:
     return sum(costs[part] for part in PARTS)
 
 
+def beyond_idle(costs: Counter[str], idle_seconds: float) -> float:
+    """What tokens cost, without what the time costs that the engine takes for them."""
+    return relay(costs) - 1e6 * idle_seconds / costs["tokens per second"]
+
+
 def engine(costs: Counter[str]) -> float:
     return sum(cost for part, cost in costs.items() if part.startswith("engine "))
 
@@ -119,13 +141,19 @@ def main() -> None:
     options = parser.parse_args()
     figures = []
     with serving("--model", options.model, "--set", "engine.threads=1") as cluster:
+        resting = idle(cluster)
+        figures.append(figure("nobody asks", "all but the engines", "CPU ms/s", [1e3 * resting]))
         for protocol in options.protocols.split(","):
             costs = measure(cluster, protocol, options.streams, options.tokens, options.rounds)
             case = f"{protocol}, {options.streams} streams"
             engines = sorted(part for part in costs[0] if part.startswith("engine "))
             figures += [figure(case, part, "CPU µs/token", [one[part] for one in costs]) for part in (*engines, *PARTS)]
             figures.append(figure(case, "relay, all of it", "CPU µs/token", [relay(one) for one in costs]))
+            marginal = [beyond_idle(one, resting) for one in costs]
+            figures.append(figure(case, "relay beyond idle", "CPU µs/token", marginal))
             figures.append(figure(case, "relay / engines", "%", [100 * relay(one) / engine(one) for one in costs]))
+            shares = [100 * cost / engine(one) for cost, one in zip(marginal, costs, strict=True)]
+            figures.append(figure(case, "relay beyond idle / engines", "%", shares))
             figures.append(figure(case, "speed", "tokens/s", [one["tokens per second"] for one in costs]))
     report("relay", figures)
 

@@ -212,7 +212,10 @@ def test_any_text_is_either_accepted_or_refused_by_name(key: str, text: str) -> 
 
 
 def test_defaults_written_as_toml_load_as_themselves(tmp_path: Path) -> None:
-    lines = [f"{key} = {value!r}" for key, value in values(Config()).items()]
+    lines = [
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for key, value in values(Config()).items()
+    ]
     file = write(tmp_path, "\n".join(lines))
     assert tomllib.loads(file.read_text())["kv"]["block_size"] == 16
     assert values(load(file)) == values(Config())

@@ -228,6 +228,8 @@ def start(log: Path, *arguments: str) -> Cluster:
     addresses = [re.search(r"127\.0\.0\.1:\d+", line) for line in said]
     if not all(addresses):
         kill_all(mark)
+        process.wait(END_SECONDS)
+        process.stdout.close()
         raise AssertionError(f"{command} did not start:\n{log.read_text()[-4000:]}")
     http, grpc = (address[0] for address in addresses if address)
     return Cluster(process, mark, log, http, grpc, time.monotonic() - began)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -105,6 +106,20 @@ def test_it_says_that_it_is_healthy_and_what_it_does(served: Cluster, api: opena
     assert samples["vllm:generation_tokens_total"] >= 2
     assert samples["diptych_scheduler_up"] == 1
     assert samples["diptych_leaked_blocks_total"] == 0
+
+
+def test_its_terminal_shows_each_request_without_its_words_and_nothing_of_ray(served: Cluster) -> None:
+    answer = served.answer(messages=MESSAGES, request_id="of-the-log", max_tokens=5)
+
+    def lines() -> list[str]:
+        return served.log.read_text().splitlines()
+
+    served.until(lambda _: any("request ends request_id=of-the-log" in line for line in lines()), "it is logged")
+    [ends] = [line for line in lines() if "request ends request_id=of-the-log" in line]
+    assert f"status=OK finish=length prompt_tokens={answer.complete.usage.prompt_tokens}" in ends
+    assert "how=remote prefill_worker=prefill-0 decode_worker=decode-0" in ends
+    assert "France" not in "".join(lines())
+    assert all(re.match(r"\d\d:\d\d:\d\d\.\d{3} ", line) for line in lines())
 
 
 def test_status_shows_both_workers(served: Cluster) -> None:

@@ -36,6 +36,8 @@ class ReadLink:
         """Only a receiver has a meeting place."""
         if place is not None:
             self._view = self._enter()
+            if self._closed:
+                self._view = None
         del address
 
     def send(self, content: Callable[[], Tensor]) -> None:
@@ -43,17 +45,18 @@ class ReadLink:
 
     def receive(self, parcel: KvParcel) -> Tensor | None:
         """The parcel's granules: [nbytes] uint8 on the arena's device; None when they are not there any more."""
-        if self._closed or self._view is None:
+        view = self._view  # `close` may take it away under a copy
+        if self._closed or view is None:
             raise TransferFailed("the pair is closed")
         source = parcel.source
         if source is None:
             raise TransferFailed(f"parcel {parcel.sequence} does not say where it lies")
-        if not is_whole(source, self._view):
+        if not is_whole(source, view):
             return None
-        packed = read_granules(self._view.arena, source, parcel.count)
+        packed = read_granules(view.arena, source, parcel.count)
         if packed.is_cuda:
             torch.cuda.current_stream(packed.device).synchronize()
-        return packed if is_whole(source, self._view) else None
+        return packed if is_whole(source, view) else None
 
     def close(self) -> None:
         """Idempotent, from any thread. A copy under way ends by itself."""

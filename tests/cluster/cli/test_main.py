@@ -101,3 +101,7 @@ def test_pull_says_where_a_model_lies_and_what_is_no_model(tmp_path: Path) -> No
     code, told = run("pull", str(tmp_path / "nothing.gguf"))
     assert code == 1
     assert "no model" in told
+    assert run("pull", "random:tiny") == (0, "random:tiny\n")
+    code, told = run("pull", "random:tiny", "--json")
+    assert code == 0
+    assert {"name", "path", "digest"} <= json.loads(told).keys()

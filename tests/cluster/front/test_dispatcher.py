@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,7 +134,9 @@ class House:
         for info, worker in zip(infos, self.workers.values(), strict=True):
             self.scheduler.it.join(info, time.monotonic())
             worker.report_to(self.scheduler.report)
-            worker.meet({WorkerId(name): Peer(other) for name, other in self.workers.items() if other is not worker})
+            await worker.meet(
+                {WorkerId(name): Peer(other) for name, other in self.workers.items() if other is not worker}
+            )
         await self.meet(*self.workers)
 
     async def meet(self, *names: str) -> None:
@@ -248,6 +251,27 @@ def test_an_answer_streams_whole_characters_and_ends_with_its_usage(house: House
     run(test())
 
 
+def test_a_prompt_is_found_cached_by_the_tenant_that_sent_it_only(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+
+            async def cached(id: str, tenant: str) -> tuple[int, str]:  # noqa: A002
+                ask = replace(here.ask(id=id, prompt="p" * 64), tenant=tenant)
+                deltas = await here.said(ask)
+                assert deltas[-1].usage is not None
+                return deltas[-1].usage.served.cached_tokens, "".join(delta.text for delta in deltas)
+
+            first, text = await cached("a", "red")
+            assert first == 0
+            again, same = await cached("b", "red")
+            assert (again >= 48, same) == (True, text)
+            assert await cached("d", "blue") == (0, text)
+            assert await cached("e", "") == (0, text)
+            assert (await cached("f", ""))[0] > 0
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     ("answer", "stop", "shown"),
     [
@@ -306,12 +330,12 @@ def test_a_client_that_hangs_up_frees_the_blocks_on_both_sides(house: House_, af
             if after:
                 for _ in range(after):
                     await anext(stream)
-                await stream.aclose()
             else:
                 first = asyncio.ensure_future(anext(stream))
                 await here.until("d", lambda roles: bool(roles.decode._answers))
                 first.cancel()
                 await asyncio.wait({first})
+            await stream.aclose()  # the first token may have been faster than the cancel
             await here.until("d", lambda roles: roles.decode.counters.cancelled == 1)
             await here.free()
 

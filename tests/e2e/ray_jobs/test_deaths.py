@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from diptych import Client
+from diptych.client import Unreachable
 from diptych.errors import ServingError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Fronts:
         """Both fronts answer like on the first day, and no block is anybody's."""
 
         def answers(target: str) -> bool:
-            with suppress(ServingError), Client(target, timeout_seconds=WAIT_SECONDS) as client:
+            with suppress(ServingError, Unreachable), Client(target, timeout_seconds=WAIT_SECONDS) as client:
                 return client.status().ready
             return False
 
@@ -125,7 +126,7 @@ def fronts(cluster: Start) -> Iterator[Fronts]:
 def test_a_killed_front_cuts_off_its_own_clients_only_and_comes_back_on_its_ports(fronts: Fronts) -> None:
     its, others = fronts.streams(0), fronts.streams(1)
     fronts.process("FrontActor", fronts.grpc[0]).kill()
-    assert all(isinstance(stream.error(), ServingError) for stream in its)
+    assert all(isinstance(stream.error(), Unreachable) for stream in its)
     assert [stream.tokens() for stream in others] == fronts.undisturbed
     fronts.check_whole()
     assert all(worker.counters.requests_cancelled >= len(STREAMS) for worker in decoding(fronts.cluster))
@@ -143,6 +144,7 @@ def test_running_requests_do_not_notice_that_the_scheduler_died(fronts: Fronts) 
     assert {worker.info.id for worker in status.workers} == {"prefill-0", "decode-0"}
 
 
+@pytest.mark.full
 def test_a_worker_that_is_stuck_is_killed_and_replaced(fronts: Fronts) -> None:
     before = fronts.epochs()
     [decode] = decoding(fronts.cluster)
@@ -155,6 +157,7 @@ def test_a_worker_that_is_stuck_is_killed_and_replaced(fronts: Fronts) -> None:
     assert "decode-0 did not answer for 5 s and was killed" in fronts.cluster.log.read_text()
 
 
+@pytest.mark.full
 def test_two_clusters_on_a_machine_do_not_touch_each_other(fronts: Fronts, cluster: Start) -> None:
     with cluster(*ARGUMENTS) as other:
         streams = fronts.streams(0)
