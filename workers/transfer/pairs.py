@@ -110,6 +110,9 @@ class ReceiverPairs:
         epoch = self._epochs[key] = self._epochs.get(key, 0) + 1
         address = PairAddress(host=self._place.host, port=self._place.port, key=key, epoch=epoch)
         self._senders[key] = source.offer.worker
+        return self._end(source, leg, address)
+
+    def _end(self, source: Source, leg: KvLeg, address: PairAddress) -> ReceiverPair:
         return ReceiverPair(
             _link(self._spec, source.link, "receiver", source.view),
             address,
@@ -149,14 +152,17 @@ class SenderPairs:
             self.retire((pair.address,), "its pair was rebuilt")
             pair = None
         if pair is None:
-            pair = self._pairs[address.key] = SenderPair(
-                _link(self._spec, link, "sender", None),
-                address,
-                self._verifier,
-                lambda error: self._post(self.retire, (address,), str(error)),
-            )
+            pair = self._pairs[address.key] = self._end(link, address)
             self._receivers[address.key] = receiver
         pair.ship(shipment)
+
+    def _end(self, link: LinkKind, address: PairAddress) -> SenderPair:
+        return SenderPair(
+            _link(self._spec, link, "sender", None),
+            address,
+            self._verifier,
+            lambda error: self._post(self.retire, (address,), str(error)),
+        )
 
     def is_stale(self, address: PairAddress) -> bool:
         """Whether a later ticket of the same receiver already opened a later pair."""

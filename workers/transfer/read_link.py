@@ -51,12 +51,12 @@ class ReadLink:
         source = parcel.source
         if source is None:
             raise TransferFailed(f"parcel {parcel.sequence} does not say where it lies")
-        if not _is_whole(source, view):
+        if not is_whole(source, view):
             return None
         packed = read_granules(view.arena, source, parcel.count)
         if packed.is_cuda:
             torch.cuda.current_stream(packed.device).synchronize()
-        return packed if _is_whole(source, view) else None
+        return packed if is_whole(source, view) else None
 
     def close(self) -> None:
         """Idempotent, from any thread. A copy under way ends by itself."""
@@ -64,7 +64,7 @@ class ReadLink:
         self._view = None
 
 
-def _is_whole(source: KvSource, view: ArenaView) -> bool:
+def is_whole(source: KvSource, view: ArenaView) -> bool:
     return all(
         block < len(view.generations) and view.generations[block] == generation
         for block, generation in zip(source.blocks, source.generations, strict=True)
