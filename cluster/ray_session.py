@@ -22,7 +22,7 @@ _UNWATCHED = {
     "RAY_task_events_report_interval_ms": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
-"""What a Ray of our own measures for its dashboard, which we don't start: a sixth of an idle cluster's CPU."""
+"""What a Ray of our own measures for its dashboard, which we don't start."""
 _PREFIX = "diptych-ray-"
 _LOCK = "in-use"
 NAMESPACE = "diptych"
