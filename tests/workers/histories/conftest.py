@@ -62,7 +62,8 @@ FILL = 127
 """In the other half of each head: the int8 wire's scale is 1 then, and it loses nothing."""
 VOCABULARY = 251
 ROOT = KvIdentity(model_digest="m", weight_format="fp32", kv_dtype="fp32").root()
-HEAD_DIM = 2
+HEAD_DIM = 3
+"""Odd: a wire that quantises turns it by 1."""
 
 
 # ---- the model -------------------------------------------------------------------------------------------
@@ -138,16 +139,16 @@ class ChainEngine(Engine):
         for position in range(work.start, work.start + work.count):
             before = link_of_chain(before, sequence.tokens[position], position)
             block, offset = sequence.blocks[position // size], position % size
-            self.kv[block, 0, 0, 0, offset] = before, FILL
-            self.kv[block, 0, 1, 0, offset] = PRIME - before, FILL
+            self.kv[block, 0, 0, 0, offset] = before, FILL, FILL
+            self.kv[block, 0, 1, 0, offset] = PRIME - before, FILL, FILL
 
     def _sample(self, sequence: Sequence) -> Sampled:
         """From all of its KV: both numbers of the keys and both of the values must be right to be used."""
         count = len(sequence.tokens)
         held = self.kv[sequence.blocks, 0].transpose(0, 3, 1, 2, 4).reshape(-1, 2, HEAD_DIM)[:count]
         total = 0
-        for position, ((key, twin), (value, other)) in enumerate(held.tolist()):
-            sound = key + value == PRIME and twin == other == FILL
+        for position, ((key, *fill), (value, *other)) in enumerate(held.tolist()):
+            sound = key + value == PRIME and fill == other == [FILL, FILL]
             total += (whole(key) if sound else 13) * (position % 97 + 1)
         token, index = total % VOCABULARY, sequence.generated
         finish = sequence.accept(token)
@@ -767,9 +768,9 @@ def damage(world: World, parcel: Any, content: torch.Tensor) -> tuple[Any, torch
 
 
 def _place(world: World, kind: str, parcel: Any, size: int) -> int:
-    """A byte of that class: a packed granule is [scales] [keys 16 x 2] [values 16 x 2]."""
+    """A byte of that class: a packed granule is [scales of keys, of values] [keys 16 x 3] [values 16 x 3]."""
     granule = size // max(1, parcel.count)
-    scales = 8 if world.wire in ("int8", "fp8_e4m3") else 0
+    scales = 2 * 16 * 2 if parcel.nbytes and world.wire == "int8" and parcel.source is None else 0
     numbers = (granule - scales) // 2
     start = world.random.randrange(max(1, parcel.count)) * granule
     if kind == "scales" and scales:
