@@ -19,6 +19,7 @@ from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError, R
 
 from diptych.errors import Internal, Overloaded, ServingError, WorkerLost
 from diptych.types import (
+    BlockHash,
     FrontId,
     KvOffer,
     KvParcel,
@@ -102,6 +103,12 @@ class RayPeer:
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         await answer(_remote(self._handle.expect, sender, parcel), self._who)
+
+    async def lend(self, ticket: KvTicket, names: tuple[BlockHash, ...]) -> int:
+        return await answer(_remote(self._handle.lend, ticket, names), self._who)
+
+    async def returned(self, transfer: TransferId) -> None:
+        await answer(_remote(self._handle.returned, transfer), self._who)
 
     async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
         await answer(_remote(self._handle.transfer_failed, request, attempt, reason), self._who)
@@ -199,6 +206,12 @@ class WorkerActor:
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         await self._it.expect(sender, parcel)
+
+    async def lend(self, ticket: KvTicket, names: tuple[BlockHash, ...]) -> int:
+        return await self._it.lend(ticket, names)
+
+    async def returned(self, transfer: TransferId) -> None:
+        await self._it.returned(transfer)
 
     async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
         await self._it.transfer_failed(request, attempt, reason)

@@ -25,6 +25,7 @@ from diptych.types import (
     WorkerId,
     WorkerSpec,
 )
+from workers.borrowing import Borrower
 from workers.engine.batching import StepPlan
 from workers.engine.engine import Engine, StepResult
 from workers.engine.sampling import Sampled
@@ -91,11 +92,14 @@ class DecodeCounters:
 class DecodeRole:
     """Requests of fronts, by id and attempt."""
 
-    def __init__(self, engine: Engine, spec: WorkerSpec, effects: Effects, receiver: Receiver) -> None:
+    def __init__(
+        self, engine: Engine, spec: WorkerSpec, effects: Effects, receiver: Receiver, borrower: Borrower
+    ) -> None:
         self._engine = engine
         self._spec = spec
         self._effects = effects
         self._receiver = receiver
+        self._borrower = borrower
         self._answers: dict[Key, _Answer] = {}
         self._by_sequence: dict[Sequence, _Answer] = {}
         self._tombstones = Tombstones()
@@ -111,10 +115,12 @@ class DecodeRole:
         sequence = self._sequence(request, attempt, arrival, remote=placement.prefill is not None)
         answer = _Answer(request, attempt, placement.how, sequence, None, placement.prefill or self._spec.id)
         self._answers[key] = self._by_sequence[sequence] = answer
-        if placement.prefill is None:
-            self._engine.add(sequence)
+        if placement.prefill is not None:
+            self._hand_over(answer, placement.prefill, placement.prefix_from)
+        elif placement.prefix_from:
+            self._borrower.borrow(request, attempt, placement.prefix_from, lambda: self._engine.add(sequence))
         else:
-            self._hand_over(answer, placement.prefill)
+            self._engine.add(sequence)
 
     def owns(self, request: RequestId, attempt: int) -> bool:
         """For any thread."""
@@ -191,7 +197,7 @@ class DecodeRole:
             block_size=self._engine.limits.block_size,
         )
 
-    def _hand_over(self, answer: _Answer, prefill: WorkerId) -> None:
+    def _hand_over(self, answer: _Answer, prefill: WorkerId, prefix_from: WorkerId | None) -> None:
         transfer = TransferId(f"{answer.request.id}#{answer.attempt}>{self._spec.id}")
         inbound = Inbound(
             Transfer(transfer, self.counters.tally),
@@ -201,7 +207,9 @@ class DecodeRole:
         )
         answer.handoff = _Handoff(prefill, inbound)
         self._receiver.begin(inbound)
-        order = PrefillOrder(request=answer.request, attempt=answer.attempt, decode=self._spec.id)
+        order = PrefillOrder(
+            request=answer.request, attempt=answer.attempt, decode=self._spec.id, prefix_from=prefix_from
+        )
         self._effects.order(prefill, order, lambda done: self._prefilled(answer, done))
 
     def _write_ticket(self, answer: _Answer) -> None:
@@ -323,6 +331,7 @@ class DecodeRole:
                 self._effects.call(handoff.prefill, lambda peer: peer.withdraw(request, attempt))
             self._receiver.end(handoff.inbound)
             answer.handoff = None
+        self._borrower.cancel(answer.request.id, answer.attempt)
         del self._answers[answer.request.id, answer.attempt]
         del self._by_sequence[answer.sequence]
         self._engine.drop(answer.sequence)

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from diptych.types import Counters, FrontId, KvEvent, Load, Outgoing, Stored
+from workers.borrowing import Borrower
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine
+from workers.lending import Lender
 from workers.prefill import PrefillRole
 from workers.report_pace import ReportPace
 from workers.transfer.receiving import Receiver
@@ -57,6 +59,8 @@ class Roles:
     decode: DecodeRole
     sender: Sender
     receiver: Receiver
+    lender: Lender
+    borrower: Borrower
 
     def close(self) -> None:
         """Every wait for another worker ends."""
@@ -152,6 +156,7 @@ class EngineThread:
             self._moved, self._busy = time.monotonic(), True
             roles.prefill.tick()
             roles.receiver.tick()
+            roles.lender.tick()
             plan = engine.plan()
             roles.decode.before_step(plan)
             roles.prefill.before_step(plan)
@@ -195,7 +200,9 @@ class EngineThread:
         prefill, decode, engine = roles.prefill.counters, roles.decode.counters, roles.engine
         if audit:
             engine.pool.check()
-            known = roles.prefill.owners() | roles.decode.owners()
+            known = set[str]().union(
+                *(each.owners() for each in (roles.prefill, roles.decode, roles.lender, roles.borrower))
+            )
             strangers = [owner for owner in engine.pool.owners() if owner not in known]
             self._leaked = sum(len(engine.pool.blocks_of(owner)) for owner in strangers)
         return replace(

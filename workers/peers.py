@@ -1,6 +1,7 @@
 """What workers say to each other about a request. Knows neither Ray nor the engine.
 
-Both: offer.   D → P: run, is_pending, committed, withdraw.   P → D: grant, expect, transfer_failed.
+D → P: run, is_pending, committed, withdraw.   P → D: grant, transfer_failed.
+Anyone: offer, expect, lend, returned.
 Every one is idempotent, and late ones about a request that is over change nothing.
 """
 
@@ -11,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from diptych.errors import ServingError
 from diptych.types import (
+    BlockHash,
     FrontId,
     KvOffer,
     KvParcel,
@@ -55,6 +57,14 @@ class Peer(Protocol):
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         """A parcel is on the link."""
+        ...
+
+    async def lend(self, ticket: KvTicket, names: tuple[BlockHash, ...]) -> int:
+        """Cached granules by name, into the ticket: how many of those it wants will come."""
+        ...
+
+    async def returned(self, transfer: TransferId) -> None:
+        """What was lent is copied, or not wanted any more."""
         ...
 
     async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:

@@ -21,6 +21,7 @@ from diptych.types import (
     WorkerId,
     WorkerSpec,
 )
+from workers.borrowing import Borrower
 from workers.engine.batching import StepPlan
 from workers.engine.engine import Engine, StepResult
 from workers.engine.sampling import Sampled
@@ -62,11 +63,12 @@ class PrefillCounters:
 class PrefillRole:
     """Orders of decode workers, by request and attempt."""
 
-    def __init__(self, engine: Engine, spec: WorkerSpec, effects: Effects, sender: Sender) -> None:
+    def __init__(self, engine: Engine, spec: WorkerSpec, effects: Effects, sender: Sender, borrower: Borrower) -> None:
         self._engine = engine
         self._spec = spec
         self._effects = effects
         self._sender = sender
+        self._borrower = borrower
         self._jobs: dict[tuple[RequestId, int], _Job] = {}
         self._by_sequence: dict[Sequence, _Job] = {}
         self._tombstones = Tombstones()
@@ -101,7 +103,10 @@ class PrefillRole:
         )
         job = _Job(order, sequence, transfer, reply, float("inf"), outbound)
         self._jobs[key] = self._by_sequence[sequence] = job
-        self._engine.add(sequence)
+        if order.prefix_from:
+            self._borrower.borrow(order.request, order.attempt, order.prefix_from, lambda: self._engine.add(sequence))
+        else:
+            self._engine.add(sequence)
 
     def withdraw(self, request: RequestId, attempt: int) -> None:
         """Idempotent; one that overtakes its order leaves a tombstone."""
@@ -239,6 +244,7 @@ class PrefillRole:
         del self._jobs[job.order.request.id, job.order.attempt]
         del self._by_sequence[job.sequence]
         self._sender.end(job.outbound)
+        self._borrower.cancel(job.order.request.id, job.order.attempt)
         self._engine.drop(job.sequence)
 
 

@@ -26,6 +26,7 @@ from diptych.errors import (
     WorkerLost,
 )
 from diptych.types import (
+    BlockHash,
     FrontId,
     KvLayout,
     KvOffer,
@@ -43,6 +44,7 @@ from diptych.types import (
     WorkerInfo,
     WorkerSpec,
 )
+from workers.borrowing import Borrower
 from workers.calls import Calls
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine, EngineLimits, layout_of
@@ -50,6 +52,7 @@ from workers.engine.kv_memory import KvMemory
 from workers.engine.model import Model
 from workers.engine.weights import TORCH_DTYPE, load_weights
 from workers.engine_thread import EngineThread, Roles, Snapshot
+from workers.lending import Lender
 from workers.memory import kv_bytes
 from workers.outbox import Outbox
 from workers.peers import Peer
@@ -120,7 +123,7 @@ class Worker:
     async def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
         """All the other members, from now on. Returns when it is known how their KV comes here."""
         for worker in self._calls.meet(dict(peers)):
-            for side in (self._roles.receiver, self._roles.sender, self._roles.prefill):
+            for side in (self._roles.receiver, self._roles.sender, self._roles.prefill, self._roles.lender):
                 self._engine.post(side.peer_left, worker, f"{worker} left")
         await asyncio.gather(*(self._meet(worker, peer) for worker, peer in peers.items()))
 
@@ -234,6 +237,12 @@ class Worker:
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         self._roles.receiver.expect(sender, parcel)
 
+    async def lend(self, ticket: KvTicket, names: tuple[BlockHash, ...]) -> int:
+        return await self._answered(lambda reply: self._roles.lender.lend(ticket, names, reply))
+
+    async def returned(self, transfer: TransferId) -> None:
+        self._engine.post(self._roles.lender.returned, transfer)
+
     async def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
         self._engine.post(self._roles.decode.transfer_failed, request, attempt, reason)
 
@@ -307,9 +316,16 @@ class Worker:
         place = MeetingPlace(spec.host, spec.lease_seconds)
         sender = Sender(engine, spec, self._calls, self._engine.post)
         receiver = Receiver(engine, spec, self._calls, self._engine.post, place)
-        prefill = PrefillRole(engine, spec, self._calls, sender)
-        decode = DecodeRole(engine, spec, self._calls, receiver)
-        return Roles(engine=engine, prefill=prefill, decode=decode, sender=sender, receiver=receiver)
+        borrower = Borrower(engine, spec, self._calls, receiver)
+        return Roles(
+            engine=engine,
+            prefill=PrefillRole(engine, spec, self._calls, sender, borrower),
+            decode=DecodeRole(engine, spec, self._calls, receiver, borrower),
+            sender=sender,
+            receiver=receiver,
+            lender=Lender(engine, spec, self._calls, sender),
+            borrower=borrower,
+        )
 
     def _share(self, layout: KvLayout, blocks: int, device: torch.device) -> KvMemory | None:
         """The KV memory that others may read; None where it is the engine's alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from diptych.types import BlockHash, CostTerm, RequestId, WorkerId
@@ -63,24 +64,53 @@ class Option(NamedTuple):
 Price: TypeAlias = Callable[["WorkerView"], tuple[float, ...]]
 """The parts of a cost, without their names: every worker is priced, few are told of."""
 
-COMPUTE_TERMS = ("queue", "uncached tokens")
+COMPUTE_TERMS = ("queue", "uncached tokens", "prefix fetch")
 STAY_TERMS = ("decode load", "wait for room")
 PREFILL_TERMS = COMPUTE_TERMS
 DECODE_TERMS = ("transfer", "disturbed decoding", *STAY_TERMS)
 ALONE_TERMS = (*COMPUTE_TERMS, "harm to running", *STAY_TERMS)
 
 
+class Fetch(NamedTuple):
+    """A prefix that another worker's cache has."""
+
+    holder: WorkerId
+    tokens: int
+    price: float
+
+
 class Costs:
     """The prices of one request on any worker. Reads the view, keeps nothing."""
 
-    def __init__(self, shape: RequestShape, policy: Policy, hits: Mapping[WorkerId, int]) -> None:
+    def __init__(
+        self, shape: RequestShape, policy: Policy, hits: Mapping[WorkerId, int], live: Callable[[WorkerId], bool]
+    ) -> None:
+        """`hits`: leading prompt tokens each worker has; `live` tells whether it would answer."""
         self._prompt_tokens = shape.prompt_tokens
         self._policy = policy
         self._hits = hits
+        # Two: the best one, and who is best for that one itself.
+        self._holders = nlargest(2, (who for who in hits if live(who)), key=hits.__getitem__)
 
     def uncached_tokens(self, worker: WorkerView) -> int:
         """Prompt tokens to compute there."""
         return self._prompt_tokens - self._reused_tokens(worker)
+
+    def computed_tokens(self, worker: WorkerView) -> int:
+        """Prompt tokens to compute there after its fetch, if there is one."""
+        fetch = self.fetch(worker)
+        return self.uncached_tokens(worker) - (fetch.tokens if fetch else 0)
+
+    def fetch(self, worker: WorkerView) -> Fetch | None:
+        """The prefix that is cheaper to get from another worker's cache than to compute."""
+        holder = next((who for who in self._holders if who != worker.info.id), None)
+        if holder is None:
+            return None
+        block_size = worker.info.layout.block_size
+        reachable = min(self._hits[holder], self._prompt_tokens - 1) // block_size * block_size
+        tokens = reachable - self._reused_tokens(worker)
+        price = self._policy.handoff + self._policy.transfer_per_block * tokens / block_size
+        return Fetch(holder, tokens, price) if price < tokens else None
 
     def missing_blocks(self, worker: WorkerView) -> int:
         """Blocks of the prompt that aren't there."""
@@ -88,7 +118,7 @@ class Costs:
 
     def prefill(self, worker: WorkerView) -> tuple[float, ...]:
         """PREFILL_TERMS: to compute the prompt here and send it away."""
-        return worker.queued_tokens, self.uncached_tokens(worker)
+        return self._compute(worker)
 
     def decode(self, worker: WorkerView) -> tuple[float, ...]:
         """DECODE_TERMS: to receive the prompt here and decode it."""
@@ -100,9 +130,14 @@ class Costs:
 
     def alone(self, worker: WorkerView) -> tuple[float, ...]:
         """ALONE_TERMS: to compute the prompt and decode it in one place."""
-        uncached = self.uncached_tokens(worker)
+        queue, uncached, fetch = self._compute(worker)
         harm = self._policy.harm_per_running * uncached * worker.load.running_requests
-        return worker.queued_tokens, uncached, harm, *self._stay(worker, self.missing_blocks(worker))
+        return queue, uncached, fetch, harm, *self._stay(worker, self.missing_blocks(worker))
+
+    def _compute(self, worker: WorkerView) -> tuple[float, float, float]:
+        fetch = self.fetch(worker)
+        uncached = self.uncached_tokens(worker)
+        return worker.queued_tokens, uncached - (fetch.tokens if fetch else 0), fetch.price if fetch else 0.0
 
     def _stay(self, worker: WorkerView, missing: int) -> tuple[float, float]:
         # One more for the answer's first block. What doesn't fit waits for as many tokens to leave.

@@ -83,19 +83,21 @@ class _Way:
 
 def place(view: ClusterView, shape: RequestShape, policy: Policy) -> Decision:
     """Raises NoWorker when nobody lives who could, PromptTooLong when nobody ever could."""
-    costs = Costs(shape, policy, view.longest_prefix(shape.granules))
+    costs = Costs(shape, policy, view.longest_prefix(shape.granules), lambda who: not view.workers[who].stale)
     ways = sorted(_ways(view, shape, policy, costs), key=attrgetter("cost"))[:_RECORDED]
     best = ways[0]
+    fetch = costs.fetch(best.computes)
     placement = Placement(
         decode=best.decode.worker.info.id,
         prefill=best.prefill.worker.info.id if best.prefill else None,
         how=best.how,
         reason=_reason(ways, shape, policy, costs),
         candidates=tuple(way.candidate() for way in ways),
+        prefix_from=fetch.holder if fetch else None,
     )
     placed = RequestPlaced(
         computes=best.computes.info.id,
-        tokens=costs.uncached_tokens(best.computes),
+        tokens=costs.computed_tokens(best.computes),
         decodes=placement.decode,
         blocks=costs.missing_blocks(best.decode.worker),
     )
@@ -148,9 +150,11 @@ def _shortlist(workers: Sequence[WorkerView], price: Price, names: Sequence[str]
 def _reason(ways: Sequence[_Way], shape: RequestShape, policy: Policy, costs: Costs) -> str:
     best = ways[0]
     told = (
-        f"{best.computes.info.id} computes {costs.uncached_tokens(best.computes):,} of {shape.prompt_tokens:,} prompt "
+        f"{best.computes.info.id} computes {costs.computed_tokens(best.computes):,} of {shape.prompt_tokens:,} prompt "
         f"tokens behind {best.computes.queued_tokens:,} queued"
     )
+    if fetch := costs.fetch(best.computes):
+        told += f", after fetching {fetch.tokens:,} from {fetch.holder}'s cache,"
     if best.prefill:
         receiver = best.decode.worker
         missing = costs.missing_blocks(receiver)

@@ -132,6 +132,8 @@ class Placement:
     how: How
     reason: str
     candidates: tuple[Candidate, ...] = ()
+    prefix_from: WorkerId | None = None
+    """Whose cache gives the prompt's prefix to who computes the rest; None when nobody's pays."""
 
 
 # ---- what a client gets back -----------------------------------------------------------------
@@ -343,6 +345,8 @@ class PrefillOrder:
     request: Request
     attempt: int
     decode: WorkerId
+    prefix_from: WorkerId | None = None
+    """Whose cache has more of the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

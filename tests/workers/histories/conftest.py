@@ -39,6 +39,7 @@ from diptych.types import (
     WorkerId,
     WorkerSpec,
 )
+from workers.borrowing import Borrower
 from workers.decode import DecodeRole
 from workers.engine.batching import Batcher, StepPlan, Work
 from workers.engine.blocks import BlockPool
@@ -46,6 +47,7 @@ from workers.engine.engine import Engine, EngineLimits, StepResult
 from workers.engine.kv_memory import private_memory, read_granules
 from workers.engine.sampling import Sampled
 from workers.engine.sequence import Sequence
+from workers.lending import Lender
 from workers.prefill import PrefillRole
 from workers.transfer.legs import match_legs, narrower
 from workers.transfer.pairs import ReceiverPairs, SenderPairs, Source
@@ -327,11 +329,18 @@ class SimWorker:
         for side, pairs in ((self.sender, SimSenderPairs), (self.receiver, SimReceiverPairs)):
             side._pairs.__class__ = pairs
             side._pairs.worker = self
-        self.prefill = PrefillRole(self.engine, spec, self, self.sender)
-        self.decode = DecodeRole(self.engine, spec, self, self.receiver)
+        self.borrower = Borrower(self.engine, spec, self, self.receiver)
+        self.lender = Lender(self.engine, spec, self, self.sender)
+        self.prefill = PrefillRole(self.engine, spec, self, self.sender, self.borrower)
+        self.decode = DecodeRole(self.engine, spec, self, self.receiver, self.borrower)
         self._arrivals = itertools.count()
         self._awake = False
-        for side, tally in (("sender", self.prefill.counters.tally), ("receiver", self.decode.counters.tally)):
+        for side, tally in (
+            ("sender", self.prefill.counters.tally),
+            ("receiver", self.decode.counters.tally),
+            ("lender", self.lender.tally),
+            ("borrower", self.borrower.tally),
+        ):
             tally.on_transition = lambda _, before, after, side=side: self._count(side, before, after)
         self.wake()
 
@@ -364,6 +373,7 @@ class SimWorker:
             what(*arguments)
         self.prefill.tick()
         self.receiver.tick()
+        self.lender.tick()
         plan = self.engine.plan()
         self.decode.before_step(plan)
         self.prefill.before_step(plan)
@@ -402,6 +412,11 @@ class SimWorker:
         elif name == "transfer_failed":
             self.post(self.decode.transfer_failed, *arguments)
             answer(None)
+        elif name == "lend":
+            self.post(self.lender.lend, *arguments, answer)
+        elif name == "returned":
+            self.post(self.lender.returned, *arguments)
+            answer(None)
         elif name in ("committed", "withdraw"):
             self.post(getattr(self.prefill, name), *arguments)
             answer(None)
@@ -436,7 +451,7 @@ class SimWorker:
         self.post(self.receiver.met, peer.id, source)
 
     def left(self, peer: WorkerId) -> None:
-        for side in (self.receiver, self.sender, self.prefill):
+        for side in (self.receiver, self.sender, self.prefill, self.lender):
             self.post(side.peer_left, peer, f"{peer} left")
 
     # ---- faults --------------------------------------------------------------------------------------------
@@ -477,6 +492,8 @@ class SimWorker:
         assert not self.decode._answers
         assert not self.decode._by_sequence
         assert not self.prefill._jobs
+        assert not self.lender._loans
+        assert not self.borrower._loans
         assert not self.prefill._by_sequence
         assert not self.receiver._inbound
         assert not self.sender._outbound
@@ -781,6 +798,8 @@ class Kind:
         for side in ("sender", "receiver")
         for state in ("granted", "sending", "sending", "landed", "committed")
     )
+    follow_ups: bool = False
+    """Every prompt was asked before, and comes with its prefix from elsewhere."""
     troubles: tuple[str, ...] = ()
     """What happens to calls from the start, often."""
     damages: int = 0
@@ -882,7 +901,10 @@ class History:
 
     def _submit(self, number: int) -> RequestId:
         prompt = self.random.choice(self._prompts)[: self.random.choice([None, None, 33])]
-        prompt += () if self.random.random() < 0.5 else self._tokens()[:30]
+        if self.kind.follow_ups:
+            prompt = (*self._prompts[0], *self._tokens()[:20]) if number else (*self._prompts[0], 1)
+        elif self.random.random() < 0.5:
+            prompt += self._tokens()[:30]
         name, decode = RequestId(f"r{number}"), self.random.choice(self.decodes)
         world, most = self.world, self.random.choice([1, 2, 5, 20])
         request = Request(
@@ -896,7 +918,8 @@ class History:
         world.wanted[name] = answer_to(prompt, most)
         prefill = self.random.choice([*self.prefills, *self.prefills, None])
         how = "remote" if prefill else "local"
-        placement = Placement(decode=decode, prefill=prefill, how=how, reason="")
+        lender = self.random.choice([None, *(who for who in self.sizes if who != (prefill or decode))])
+        placement = Placement(decode=decode, prefill=prefill, how=how, reason="", prefix_from=lender)
 
         def submit() -> None:
             worker = world.workers[decode]
@@ -909,6 +932,9 @@ class History:
                 return
             worker.submit(request, placement)
 
+        if self.kind.follow_ups:
+            world.at(number * self.random.choice([0.1, 0.5]) * LEASE, submit)
+            return name
         # Some come late: they take the blocks that earlier ones lost.
         world.at(self.random.random() * self.random.choice([0.5, 0.5, 3.0]) * LEASE, submit)
         return name
