@@ -83,6 +83,7 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
             stop=wanted.stop,
             choice=choice,
             tenant=wanted.tenant,
+            priority=wanted.priority,
             continued=prompt.continued,
         )
         for place, (prompt, params) in enumerate(zip(prompts, parameters, strict=True))

@@ -177,6 +177,7 @@ class Dispatcher:
             root=root,
             params=ask.params,
             choice=ask.choice,
+            priority=ask.priority,
             arrived=time.time(),
         )
         if ask.id in self._inboxes:

@@ -59,6 +59,7 @@ def wanted_of(request: GenerateRequest) -> Wanted:
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         tenant=request.tenant,
+        priority=request.priority,
         fingerprint=request.fingerprint,
         forced=tuple(request.forced_token_ids),
     )

@@ -193,6 +193,7 @@ def _wanted(body: AnyRequest) -> Wanted:
         prompt_logprobs=body.prompt_logprobs,
         tenant=body.cache_salt or "",
         tenant_name="cache_salt",
+        priority=body.priority or 0,
         fingerprint=body.diptych is not None and body.diptych.fingerprint,
     )
 

@@ -174,6 +174,8 @@ class AnyRequest(Body):
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     """vLLM's: prompts are found cached only when they came with the same."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """vLLM's: lower is served first."""
     diptych: Extension | None = None
 
 

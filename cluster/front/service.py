@@ -53,6 +53,8 @@ class Ask:
     choice: int = 0
     tenant: str = ""
     """Cached blocks are shared within it only."""
+    priority: int = 0
+    """Lower is served first."""
     continued: bool = False
     """The answer goes on where the prompt ends, so a space that it starts with is its own."""
 

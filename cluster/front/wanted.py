@@ -24,6 +24,8 @@ MAX_BAD_WORD_CHARACTERS: Final = 256
 MAX_ALLOWED_TOKENS: Final = 8192
 MAX_LOGPROBS: Final = 20
 MAX_TENANT_CHARACTERS: Final = 256
+MIN_PRIORITY: Final = -(2**31)
+MAX_PRIORITY: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class Wanted:
     tenant: str = ""
     tenant_name: str = "tenant"
     """What the client called it."""
+    priority: int = 0
+    """Lower is served first."""
     fingerprint: bool = False
     forced: tuple[int, ...] = ()
 
@@ -90,6 +94,9 @@ def _check_counts(wanted: Wanted) -> None:
         raise InvalidRequest(f"{name} is {wanted.max_tokens}; ask for at least 1", param=name)
     if wanted.min_tokens < 0:
         raise _out_of_range("min_tokens", wanted.min_tokens, "0 or more")
+    if not MIN_PRIORITY <= wanted.priority <= MAX_PRIORITY:
+        message = f"priority is {wanted.priority}; it must be from {MIN_PRIORITY} to {MAX_PRIORITY}"
+        raise InvalidRequest(message, param="priority")
     if wanted.max_tokens is not None and len(wanted.forced) > wanted.max_tokens:
         message = f"{len(wanted.forced)} forced tokens are more than max_tokens = {wanted.max_tokens}"
         raise InvalidRequest(message, param="forced_token_ids")

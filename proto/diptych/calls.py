@@ -66,6 +66,8 @@ class Wishes(TypedDict, total=False):
     request_id: str
     tenant: str
     """Prompts are found cached only when the same tenant sent them."""
+    priority: int
+    """Lower is served first. Unset: 0."""
 
 
 def generate_request(
@@ -102,6 +104,7 @@ def generate_request(
         ),
         request_id=wishes.get("request_id", ""),
         tenant=wishes.get("tenant", ""),
+        priority=wishes.get("priority", 0),
         fingerprint=wishes.get("fingerprint", False),
         forced_token_ids=wishes.get("forced", ()),
     )

@@ -94,6 +94,8 @@ class Request:
     root: BlockHash
     params: SamplingParams
     choice: int = 0
+    priority: int = 0
+    """Workers serve lower ones first, as vLLM does; -2**31 ≤ priority < 2**31."""
     arrived: float = 0.0
     """Unix seconds at the front."""
 

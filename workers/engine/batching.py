@@ -2,11 +2,14 @@
 
 Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi-Serve, Agrawal et al.
 2024): every running sequence decodes one token, and what is left of the step's token budget goes
-to prompts in the order of arrival.
+to prompts in order.
 
-Order is the whole policy: who arrived first is admitted first, gets its next block first and is
-preempted last. The oldest sequence can always preempt all others, so it always ends, and then the
-next one is the oldest: nothing starves and nothing deadlocks, as long as each fits alone.
+Order is the whole policy: by priority, then by arrival. Who comes first in it is admitted first,
+gets its next block first and is preempted last. The first sequence can always preempt all others,
+so it always ends, and then the next one is the first: nothing deadlocks, as long as each fits
+alone, and within one priority nothing starves. A less important request does wait for as long as
+more important ones keep coming: that is what its sender asked for. Importance alone preempts
+nobody: who runs gives way when blocks run out, not because a more important one waits.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from workers.engine.sequence import Sequence
 SCORED_TOKENS = 256
 """Prompt tokens in a step whose logits are kept, all of a vocabulary each: they bound its memory."""
 
-_by_arrival = attrgetter("arrival")
+_by_turn = attrgetter("turn")
 
 
 class Work(NamedTuple):
@@ -52,7 +55,7 @@ class StepPlan:
 
 
 class Batcher:
-    """Waiting and running sequences of one engine, in order of arrival."""
+    """Waiting and running sequences of one engine, in order."""
 
     def __init__(self, pool: BlockPool, *, block_size: int, max_batch_tokens: int, max_running: int) -> None:
         self._pool = pool
@@ -83,12 +86,12 @@ class Batcher:
 
     def add(self, sequence: Sequence) -> None:
         """To the queue, at its place."""
-        bisect.insort(self._waiting, sequence, key=_by_arrival)
+        bisect.insort(self._waiting, sequence, key=_by_turn)
 
     def join(self, sequence: Sequence) -> None:
         """A hand-off is complete: the sequence decodes from the next step on."""
         self._granted.remove(sequence)
-        bisect.insort(self._running, sequence, key=_by_arrival)
+        bisect.insort(self._running, sequence, key=_by_turn)
 
     def remove(self, sequence: Sequence) -> None:
         """It ended, was cancelled or goes on elsewhere. Its blocks are the caller's to release."""
@@ -99,7 +102,7 @@ class Batcher:
     def plan(self) -> StepPlan:
         """Reserves the blocks of what it returns."""
         preempted: list[Sequence] = []
-        for sequence in tuple(self._running):  # oldest first
+        for sequence in tuple(self._running):  # most important first, then oldest
             if sequence in self._running:
                 self._make_room(sequence, preempted)
         admitted = [] if preempted else self._admit()
@@ -133,7 +136,7 @@ class Batcher:
         return max(0, min(end - sequence.computed, sequence.remaining))
 
     def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> None:
-        """A block for the sequence's next token; the youngest gives way, if need be the sequence itself."""
+        """A block for the sequence's next token; the last in order gives way, if need be the sequence itself."""
         if len(sequence.tokens) <= len(sequence.blocks) * self._block_size:
             return
         while (blocks := self._pool.take(1, sequence.owner)) is None:
@@ -148,7 +151,7 @@ class Batcher:
         sequence.blocks += blocks
 
     def _admit(self) -> list[Sequence]:
-        """In the order of arrival, as long as there is room.
+        """In order, as long as there is room.
 
         A prompt is admitted when the step has tokens for it: blocks that wait for their turn are
         no use, and by then an earlier prompt may have left its prefix in the cache.
@@ -170,7 +173,7 @@ class Batcher:
             if sequence.task == "decode":
                 self._granted.append(sequence)
             else:
-                bisect.insort(self._running, sequence, key=_by_arrival)
+                bisect.insort(self._running, sequence, key=_by_turn)
                 tokens -= sequence.remaining
         return admitted
 

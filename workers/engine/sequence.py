@@ -22,7 +22,7 @@ class Sequence:
     attempt: int
     task: Task
     arrival: int
-    """Order among the engine's requests: who came first is served first and preempted last."""
+    """Order among the engine's requests of one priority: who came first is served first and preempted last."""
     block_size: int
     tokens: list[int] = field(default_factory=list[int])
     """The prompt and what was generated."""
@@ -44,6 +44,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)
         self.granules = list(self.request.granules)
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Lower is served first and preempted last."""
+        return (self.request.priority, self.arrival)
 
     @property
     def owner(self) -> str:

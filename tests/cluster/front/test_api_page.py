@@ -67,6 +67,7 @@ def test_every_method_is_there() -> None:
         ("n", MAX_CHOICES),
         ("repetition_penalty", int(wanted.MAX_REPETITION_PENALTY)),
         ("temperature", int(wanted.MAX_TEMPERATURE)),
+        ("priority", wanted.MAX_PRIORITY),
     ],
 )
 def test_every_limit_is_there(name: str, limit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,12 +24,13 @@ class Queue:
         self.letters: dict[Sequence, str] = {}
         self._request_for, self._prompt = request_for, prompt
 
-    def add(self, letter: str, length: int, *, task: Any = "answer", seed: int | None = None) -> Sequence:
+    def add(
+        self, letter: str, length: int, *, task: Any = "answer", seed: int | None = None, priority: int = 0
+    ) -> Sequence:
         """Arrives in the order of the letters."""
         tokens = self._prompt(length, seed=ord(letter) if seed is None else seed)
-        sequence = Sequence(
-            request=self._request_for(tokens, max_tokens=1000), attempt=0, task=task, arrival=ord(letter), block_size=16
-        )
+        request = replace(self._request_for(tokens, max_tokens=1000), priority=priority)
+        sequence = Sequence(request=request, attempt=0, task=task, arrival=ord(letter), block_size=16)
         self.letters[sequence] = letter
         self.batcher.add(sequence)
         return sequence
@@ -179,6 +181,60 @@ def test_the_oldest_runs_to_its_end_when_there_is_room_for_one(queue: Make) -> N
             break
     assert order == ["A", "B", "C"]
     assert batch.pool.held == 0
+
+
+def test_the_most_important_is_admitted_first_and_equals_in_the_order_of_arrival(queue: Make) -> None:
+    batch = queue(max_running=1)
+    running = batch.add("A", 5)
+    batch.step()
+    batch.add("B", 5)
+    batch.add("C", 5, priority=-1)
+    batch.add("D", 5, priority=1)
+    batch.add("E", 5, priority=-1)
+    # Nobody who runs is stopped for somebody who waits.
+    assert batch.step() == "A | CEBD waits"
+    for letter, waiting in (("C", "EBD"), ("E", "BD"), ("B", "D"), ("D", "")):
+        batch.end(running)
+        assert batch.step() == f"{letter}+5" + (f" | {waiting} waits" if waiting else "")
+        running = next(each for each, name in batch.letters.items() if name == letter)
+
+
+def test_the_more_important_prompt_is_computed_first(queue: Make) -> None:
+    batch = queue()
+    batch.add("A", 100)
+    assert batch.step() == "A+64"
+    batch.add("B", 40, priority=-1)
+    assert batch.step() == "B+40 A+16"
+    assert batch.step() == "B A+20"
+
+
+def test_the_least_important_gives_way_and_of_these_the_youngest(queue: Make) -> None:
+    batch = queue(blocks=8, max_batch_tokens=200)
+    important = batch.add("D", 30, priority=-1)
+    batch.add("A", 30)
+    batch.add("B", 30)
+    assert batch.step() == "D+30 A+30 B+30"
+    batch.add("C", 5, priority=5)
+    assert [batch.step() for _ in range(2)] == ["D A B | C waits"] * 2
+    # Two blocks are left, and three need one: the first in order get theirs, though D came last.
+    assert batch.step() == "D A B gives way | BC waits"
+    batch.end(important)
+    assert batch.step() == "A B | C waits"
+
+
+def test_a_preempted_one_waits_behind_more_important_newcomers_and_before_its_juniors(queue: Make) -> None:
+    batch = queue(blocks=5, max_batch_tokens=100)
+    oldest = batch.add("A", 30)
+    batch.add("B", 30)
+    batch.step()
+    assert [batch.step() for _ in range(3)] == ["A B", "A B", "A B gives way | B waits"]
+    batch.add("C", 40)
+    newcomer = batch.add("D", 40, priority=-1)
+    assert batch.step() == "A | DBC waits"
+    batch.end(oldest)
+    assert batch.step() == "D+40 | BC waits"
+    batch.end(newcomer)
+    assert batch.step().startswith("B")
 
 
 def test_a_hand_off_is_granted_room_and_computes_nothing_until_it_joins(queue: Make) -> None:

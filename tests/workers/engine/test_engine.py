@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,6 +75,17 @@ def test_many_more_than_fit_all_end_exactly(bench: Make, prompt: Make, request_f
     expected = bench().answers(*(request_for(each, max_tokens=36) for each in prompts))
     engine = bench(blocks=16)  # each takes four at its end
     assert engine.answers(*(request_for(each, max_tokens=36) for each in prompts)) == expected
+    assert engine.counters().preemptions > 0
+    assert engine.pool.held == 0
+
+
+def test_more_important_newcomers_change_nobodys_tokens(bench: Make, prompt: Make, request_for: Make) -> None:
+    prompts = [prompt(14 + number % 13, seed=number) for number in range(24)]
+    expected = bench().answers(*(request_for(each, max_tokens=36) for each in prompts))
+    engine = bench(blocks=16)
+    # The later it comes, the more important it is: every newcomer takes its blocks from somebody older.
+    requests = [replace(request_for(each, max_tokens=36), priority=-at) for at, each in enumerate(prompts)]
+    assert engine.answers(*requests, each_steps=2) == expected
     assert engine.counters().preemptions > 0
     assert engine.pool.held == 0
 
