@@ -86,6 +86,8 @@ class Worker:
         self._stopping = False
         self._orders: set[tuple[RequestId, int]] = set()
         """Orders of decode workers that were not answered yet."""
+        self._grants: set[tuple[RequestId, int]] = set()
+        """Tickets that prefill workers wait for."""
         self._unanswered: set[asyncio.Future[Any]] = set()
         self._broken: asyncio.Future[BaseException] = self._loop.create_future()
         self._arena: SharedArena | None = None
@@ -232,7 +234,17 @@ class Worker:
         self._engine.post_cancel(self._roles.prefill.withdraw, request, attempt)
 
     async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
-        return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))
+        self._grants.add((request, attempt))
+        try:
+            return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))
+        finally:
+            self._grants.discard((request, attempt))
+
+    async def is_granting(self, request: RequestId, attempt: int) -> bool:
+        if self.silent_seconds() >= self.spec.lease_seconds or (request, attempt) not in self._grants:
+            return False
+        self._engine.post(self._roles.decode.renew, request, attempt)
+        return True
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         self._roles.receiver.expect(sender, parcel)

@@ -167,6 +167,8 @@ class Call:
     name: str
     arguments: tuple[Any, ...]
     then: Callable[[Any], None] | None
+    pending: tuple[str, tuple[Any, ...]] | None = None
+    """What asks whether it still is."""
     settled: bool = False
 
 
@@ -230,7 +232,7 @@ class World:
 
     def call(self, call: Call) -> None:
         """Bounded by the lease, like `workers.calls`."""
-        if call.name != "run":
+        if call.pending is None:
             self.at(LEASE, lambda: self._settle(call, WorkerLost("no answer within the lease")))
         else:
             self.at(LEASE / 2, lambda: self._doubt(call))
@@ -274,13 +276,14 @@ class World:
             call.caller.post(call.then, said)
 
     def _doubt(self, call: Call) -> None:
-        """Is the order still pending there? As `Calls._answer_of` asks."""
+        """Is it still pending there? As `Calls._answer_of` asks."""
         if call.settled or not call.caller.alive:
             return
-        callee, order = self.workers.get(call.callee), call.arguments[0]
+        callee = self.workers.get(call.callee)
+        assert call.pending is not None
         reachable = frozenset((call.caller.id, call.callee)) not in self.cut
         known = callee is not None and callee.alive and not callee.is_stopped and reachable
-        if known and callee is not None and (order.request.id, order.attempt) in callee.orders:
+        if known and callee is not None and callee.knows(*call.pending):
             self.at(LEASE / 2, lambda: self._doubt(call))
         else:
             self.at(LEASE / 2, lambda: self._settle(call, WorkerLost(f"{call.callee} lost the order")))
@@ -322,7 +325,8 @@ class SimWorker:
         self.is_stopped = False
         self.missed: list[Callable[[], None]] = []
         self.inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self.orders: set[tuple[RequestId, int]] = set()
+        self.orders: set[tuple[Any, ...]] = set()
+        self.grants: set[tuple[Any, ...]] = set()
         self.engine = ChainEngine(limits)
         place: Any = Place()
         self.sender = Sender(self.engine, spec, self, self.post)
@@ -394,8 +398,15 @@ class SimWorker:
         name, arguments = what(Recorder())
         self.world.call(Call(self, peer, name, arguments, then))
 
-    def order(self, peer: WorkerId, order: Any, then: Callable[[Any], None]) -> None:
-        self.world.call(Call(self, peer, "run", (order,), then))
+    def wait(
+        self,
+        peer: WorkerId,
+        what: Callable[[Any], Any],
+        is_pending: Callable[[Any], Any],
+        then: Callable[[Any], None],
+    ) -> None:
+        name, arguments = what(Recorder())
+        self.world.call(Call(self, peer, name, arguments, then, pending=is_pending(Recorder())))
 
     def now(self) -> float:
         return self.world.now
@@ -406,7 +417,14 @@ class SimWorker:
         if name == "run":
             self._run(arguments[0], answer)
         elif name == "grant":
-            self.post(self.decode.grant, *arguments, answer)
+            key = (arguments[0], arguments[1])
+            self.grants.add(key)
+
+            def reply(said: Any) -> None:
+                self.grants.discard(key)
+                answer(said)
+
+            self.post(self.decode.grant, *arguments, reply)
         elif name == "expect":
             self.receiver.expect(*arguments)
             answer(None)
@@ -423,6 +441,13 @@ class SimWorker:
             answer(None)
         else:
             raise AssertionError(name)
+
+    def knows(self, asked: str, key: tuple[Any, ...]) -> bool:
+        if asked == "is_pending":
+            return key in self.orders
+        if key in self.grants:
+            self.post(self.decode.renew, *key)
+        return key in self.grants
 
     def _run(self, order: Any, answer: Callable[[Any], None]) -> None:
         key = (order.request.id, order.attempt)
