@@ -23,7 +23,8 @@ from workers.transfer.fail_points import VARIABLE
 
 ROOT = Path(__file__).parents[3]
 START_SECONDS = 60.0
-TEST_SECONDS = 30.0
+TEST_SECONDS = 120.0
+STOP_SECONDS = 20.0
 FRONT = FrontId("front")
 
 
@@ -75,9 +76,12 @@ class Member:
 
     async def wait_stopped(self) -> None:
         """Until a signal stopped it."""
-        async with asyncio.timeout(TEST_SECONDS):
-            while state_of(self.process) != "T":  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                while state_of(self.process) != "T":  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise AssertionError(f"{self.id} was not stopped: {await self.look()}") from None
 
     async def wait_dead(self) -> None:
         async with asyncio.timeout(TEST_SECONDS):

@@ -33,7 +33,10 @@ class Steady:
         while not self._ended:
             request = await self.society.submit(self.make(len(self.answers)), self.decode, self.prefill)
             said = await self.society.answer(request)
-            assert self.society.front.served(request.id).how == "remote"
+            if self.society.front.served(request.id).how != "remote":
+                looks = await asyncio.gather(self.prefill.look(), self.decode.look())
+                ends = [end for look in looks for end in look.ends if request.id in end]
+                raise AssertionError(f"{self.prefill.id} to {self.decode.id}, {request.id} was not handed over: {ends}")
             self.answers.append((request, said))
 
     async def go_on(self, count: int) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.workers.crashes.conftest import Member, Society
 
 Make = Callable[..., Any]
-LEASE_SECONDS = 1.5
+LEASE_SECONDS = 2.5
 SLACK_SECONDS = 1.0
 """An idle engine looks at its leases four times a second, on cores shared with many."""
 LINKS = ("gloo", "mapped")

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from tests.workers.crashes.conftest import Society
 
 Make = Callable[..., Any]
-LEASE_SECONDS = 1.0
-BLOCKS = 256
-LENGTH = 3000
-"""188 blocks, 1.5 MB in one parcel: what others need meanwhile lies where these were."""
+LEASE_SECONDS = 3.0
+BLOCKS = 192
+LENGTH = 2000
+"""125 blocks, two parcels: what others need meanwhile lies where these were."""
 STEADY_LENGTH = 600
 
 
@@ -27,7 +27,7 @@ def test_a_copy_that_goes_on_after_its_lease(
     run_long: Make, society: Make, bench: Make, prompt: Make, request_for: Make, link: str, side: str
 ) -> None:
     async def test() -> None:
-        limits = {"link": link, "lease_seconds": LEASE_SECONDS, "memory_bytes": BLOCKS * 8192, "max_batch_tokens": 4096}
+        limits = {"link": link, "lease_seconds": LEASE_SECONDS, "memory_bytes": BLOCKS * 8192, "max_batch_tokens": 1024}
         async with society(**limits) as all_of_them:
             s: Society = all_of_them
             victim, survivor, other = await asyncio.gather(
