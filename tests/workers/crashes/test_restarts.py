@@ -19,7 +19,7 @@ LEASE_SECONDS = 5.0
 MEMORY_BYTES = 128 * 8192
 GROWTH = 1.02
 LOOKS = 20
-IN_CI, IN_FULL = (4, 12), (20, 100)
+IN_CI, IN_FULL = (3, 7), (20, 100)
 
 
 async def footprint(member: Member, no_more_than: Footprint | None) -> Footprint:
