@@ -86,18 +86,20 @@ class Calls:
     async def _short(
         self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], then: Callable[[T | ServingError], None] | None
     ) -> None:
-        answer = await self._bounded(peer, what)
+        answer = await self._bounded(peer, what, self._lease_seconds)
         if then:
             self._post(then, answer)
 
-    async def _bounded(self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]]) -> T | ServingError:
+    async def _bounded(
+        self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], timeout_seconds: float
+    ) -> T | ServingError:
         known = self._peers.get(peer)
         if known is None:
             return WorkerLost(f"{peer} is not a member of this cluster any more")
         try:
-            return await asyncio.wait_for(what(known), self._lease_seconds)
+            return await asyncio.wait_for(what(known), timeout_seconds)
         except TimeoutError:
-            return WorkerLost(f"{peer} did not answer within {self._lease_seconds} s")
+            return WorkerLost(f"{peer} did not answer within {timeout_seconds} s")
         except ServingError as error:
             return error
         except Exception as error:  # a bug, there or here: the engine waits for an answer all the same
@@ -125,7 +127,7 @@ class Calls:
                 pass
             if doubt and not call.done():
                 # The answer may be on its way: it was sent before the peer forgot the call.
-                await asyncio.wait({call}, timeout=self._lease_seconds / 2)
+                await asyncio.wait({call}, timeout=self._lease_seconds / 4)
             if not call.done():
                 return WorkerLost(f"{peer} lost the call: {doubt}")
             return await call
@@ -139,9 +141,9 @@ class Calls:
     async def _doubt(
         self, peer: WorkerId, call: asyncio.Future[T], is_pending: Callable[[Peer], Awaitable[bool]]
     ) -> str | None:
-        """After half a lease without an answer: why there may never be one."""
-        await asyncio.wait({call}, timeout=self._lease_seconds / 2)
+        """After a quarter of a lease without an answer: why there may never be one. All in all within the lease."""
+        await asyncio.wait({call}, timeout=self._lease_seconds / 4)
         if call.done():
             return None
-        pending = await self._bounded(peer, is_pending)
+        pending = await self._bounded(peer, is_pending, self._lease_seconds / 2)
         return None if pending is True else f"{pending or 'it does not know it, or its engine does not move'}"

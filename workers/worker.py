@@ -60,6 +60,7 @@ from workers.prefill import PrefillRole
 from workers.reporter import Reporter
 from workers.transfer.acquaintance import Acquaintance, Neighbours
 from workers.transfer.doorway import Doorway
+from workers.transfer.fail_points import fail_points
 from workers.transfer.link import MeetingPlace
 from workers.transfer.receiving import Receiver
 from workers.transfer.sending import Sender
@@ -329,7 +330,7 @@ class Worker:
         sender = Sender(engine, spec, self._calls, self._engine.post)
         receiver = Receiver(engine, spec, self._calls, self._engine.post, place)
         borrower = Borrower(engine, spec, self._calls, receiver)
-        return Roles(
+        roles = Roles(
             engine=engine,
             prefill=PrefillRole(engine, spec, self._calls, sender, borrower),
             decode=DecodeRole(engine, spec, self._calls, receiver, borrower),
@@ -338,6 +339,11 @@ class Worker:
             lender=Lender(engine, spec, self._calls, sender),
             borrower=borrower,
         )
+        for tally in (roles.prefill.counters.tally, roles.lender.tally):
+            tally.on_transition = fail_points("sender", os.environ)
+        for tally in (roles.decode.counters.tally, roles.borrower.tally):
+            tally.on_transition = fail_points("receiver", os.environ)
+        return roles
 
     def _share(self, layout: KvLayout, blocks: int, device: torch.device) -> KvMemory | None:
         """The KV memory that others may read; None where it is the engine's alone."""

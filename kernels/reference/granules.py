@@ -39,13 +39,18 @@ def granule_bytes(layers: int, heads: int, head_dim: int, wire: Wire) -> int:
     return rows * ((_SCALE_BYTES if wire in _LARGEST else 0) + head_dim * _DTYPE[wire].itemsize)
 
 
+def is_whole(arena: Tensor, heads: slice, wire: Wire) -> bool:
+    """Whether a granule is a block of the arena as it lies."""
+    all_heads = heads.stop - heads.start == arena.shape[3]
+    return arena.shape[4] == GRANULE and all_heads and arena.dtype == _DTYPE[wire]
+
+
 def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -> Tensor:
     """arena: [blocks, layers, 2, heads, block_size, head_dim] → [count * granule_bytes] uint8.
 
     `heads` counts from the arena's first.
     """
-    whole = arena.shape[4] == GRANULE and heads.stop - heads.start == arena.shape[3]
-    if whole and arena.dtype == _DTYPE[wire]:
+    if is_whole(arena, heads, wire):
         return arena.index_select(0, granules.blocks).view(-1).view(torch.uint8)
     # Indices apart from each other come first in the result: [count, layers, 2, heads, 16, head_dim].
     chosen = _parted(arena)[granules.blocks, :, :, heads, granules.parts]
@@ -59,8 +64,7 @@ def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -
 
 def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed: Tensor) -> None:
     """The inverse of `pack_granules`, into an arena of any block size and numbers."""
-    whole = arena.shape[4] == GRANULE and heads.stop - heads.start == arena.shape[3]
-    if whole and arena.dtype == _DTYPE[wire]:
+    if is_whole(arena, heads, wire):
         arena.index_copy_(0, granules.blocks, packed.view(arena.dtype).view(-1, *arena.shape[1:]))
         return
     count, layers, head_dim = len(granules.blocks), arena.shape[1], arena.shape[5]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import GRANULE, Granules, granule_bytes, pack_granules, unpack_granules
+from kernels.reference import granules as reference
 
 LAYERS, HEADS, DIM = 3, 4, 8
 TOKENS = 7 * GRANULE
@@ -89,3 +90,17 @@ def test_quantised_tokens_are_off_by_half_a_step_at_most(wire: str, steps: float
 
 def test_int8_takes_little_more_than_half_of_bf16() -> None:
     assert granule_bytes(30, 3, 64, "int8") / granule_bytes(30, 3, 64, "bf16") < 0.52
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("heads", [slice(0, HEADS), slice(1, 3)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_each_device_means_what_the_reference_means(block_size: int, heads: slice, wire: str) -> None:
+    held, into, into_reference = arena(block_size), arena(block_size), arena(block_size)
+    into_reference.copy_(into)
+    at = granules([4, 0, 11, 7, 2], block_size, 5)
+    packed = pack_granules(held, at, heads, wire)
+    assert packed.equal(reference.pack_granules(held, at, heads, wire))
+    unpack_granules(into, at, heads, wire, packed)
+    reference.unpack_granules(into_reference, at, heads, wire, packed)
+    assert into.equal(into_reference)
