@@ -349,7 +349,16 @@ class Worker:
         """The KV memory that others may read; None where it is the engine's alone."""
         if self.spec.link in ("gloo", "nccl"):
             return None
-        self._arena = SharedArena(layout, blocks, device)
+        try:
+            self._arena = SharedArena(layout, blocks, device)
+        except (ImportError, OSError) as error:  # no CuPy beside a GPU; no memory files
+            if self.spec.link != "auto":
+                raise InvalidRequest(
+                    f"kv.link = {self.spec.link} needs KV memory that others can map, and {error}: set it to auto, or "
+                    "install diptych[cuda]",
+                    param="kv.link",
+                ) from error
+            return None
         self._doorway = Doorway(self._arena, self.spec.secret)
         self._neighbours.add(self.spec.id, self.spec.epoch, self._arena)
         return self._arena.memory
