@@ -6,7 +6,7 @@ sixth of an idle cluster's CPU. `ray start` has options that leave two of them o
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
@@ -26,7 +26,10 @@ def fewer_processes() -> Generator[None]:
     """A Ray that is started inside runs what our actors need. One that knows no such method starts it all."""
     from ray._private.node import Node
 
-    with patch.multiple(Node, **{name: _skip for name in _UNUSED if hasattr(Node, name)}):
+    with ExitStack() as patches:
+        for name in _UNUSED:
+            if hasattr(Node, name):
+                patches.enter_context(patch.object(Node, name, _skip))
         yield
 
 
