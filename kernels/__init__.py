@@ -5,6 +5,7 @@ implementation per device with the same name and signature; this module picks on
 device. Nobody passes a backend name.
 """
 
+from kernels.granules import pack_granules, unpack_granules
 from kernels.reference.attention import DecodeTable, decode_attention, prefill_attention
 from kernels.reference.blocks import write_kv
 from kernels.reference.elementwise import (
@@ -18,7 +19,7 @@ from kernels.reference.elementwise import (
     tanh_geglu,
     turn_table,
 )
-from kernels.reference.granules import GRANULE, Granules, granule_bytes, pack_granules, unpack_granules
+from kernels.reference.granules import GRANULE, Granules, granule_bytes
 from kernels.reference.linear import linear, row_tile
 from kernels.reference.logits import Penalties, Places, Scores, allow_, ban_, bias_, penalise_, score
 from kernels.reference.sampling import Sampling, sample_tokens

@@ -101,6 +101,9 @@ class RayPeer:
     async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
         return await answer(_remote(self._handle.grant, request, attempt), self._who)
 
+    async def is_granting(self, request: RequestId, attempt: int) -> bool:
+        return await answer(_remote(self._handle.is_granting, request, attempt), self._who)
+
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         await answer(_remote(self._handle.expect, sender, parcel), self._who)
 
@@ -204,6 +207,10 @@ class WorkerActor:
 
     async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
         return await self._it.grant(request, attempt)
+
+    @_control
+    async def is_granting(self, request: RequestId, attempt: int) -> bool:
+        return await self._it.is_granting(request, attempt)
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         await self._it.expect(sender, parcel)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from diptych.errors import Internal, ServingError, WorkerLost
-from diptych.types import FrontId, Outgoing, PrefillDone, PrefillOrder, WorkerId
+from diptych.types import FrontId, Outgoing, WorkerId
 from workers.peers import Peer
 
 T = TypeVar("T")
@@ -61,8 +61,14 @@ class Calls:
     ) -> None:
         self._loop.call_soon_threadsafe(self._spawn, self._short(peer, what, then))
 
-    def order(self, peer: WorkerId, order: PrefillOrder, then: Callable[[PrefillDone | ServingError], None]) -> None:
-        self._loop.call_soon_threadsafe(self._spawn, self._long(peer, order, then))
+    def wait(
+        self,
+        peer: WorkerId,
+        what: Callable[[Peer], Awaitable[T]],
+        is_pending: Callable[[Peer], Awaitable[bool]],
+        then: Callable[[T | ServingError], None],
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._spawn, self._long(peer, what, is_pending, then))
 
     def now(self) -> float:
         return time.monotonic()
@@ -80,55 +86,64 @@ class Calls:
     async def _short(
         self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], then: Callable[[T | ServingError], None] | None
     ) -> None:
-        answer = await self._bounded(peer, what)
+        answer = await self._bounded(peer, what, self._lease_seconds)
         if then:
             self._post(then, answer)
 
-    async def _bounded(self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]]) -> T | ServingError:
+    async def _bounded(
+        self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], timeout_seconds: float
+    ) -> T | ServingError:
         known = self._peers.get(peer)
         if known is None:
             return WorkerLost(f"{peer} is not a member of this cluster any more")
         try:
-            return await asyncio.wait_for(what(known), self._lease_seconds)
+            return await asyncio.wait_for(what(known), timeout_seconds)
         except TimeoutError:
-            return WorkerLost(f"{peer} did not answer within {self._lease_seconds} s")
+            return WorkerLost(f"{peer} did not answer within {timeout_seconds} s")
         except ServingError as error:
             return error
         except Exception as error:  # a bug, there or here: the engine waits for an answer all the same
             return Internal(f"{peer}: {error!r}")
 
     async def _long(
-        self, peer: WorkerId, order: PrefillOrder, then: Callable[[PrefillDone | ServingError], None]
+        self,
+        peer: WorkerId,
+        what: Callable[[Peer], Awaitable[T]],
+        is_pending: Callable[[Peer], Awaitable[bool]],
+        then: Callable[[T | ServingError], None],
     ) -> None:
-        """Wait as long as the peer says that it has the order and its engine moves."""
-        self._post(then, await self._answer_of(peer, order))
+        """Wait as long as the peer says that it knows the call and its engine moves."""
+        self._post(then, await self._answer_of(peer, what, is_pending))
 
-    async def _answer_of(self, peer: WorkerId, order: PrefillOrder) -> PrefillDone | ServingError:
+    async def _answer_of(
+        self, peer: WorkerId, what: Callable[[Peer], Awaitable[T]], is_pending: Callable[[Peer], Awaitable[bool]]
+    ) -> T | ServingError:
         known = self._peers.get(peer)
         if known is None:
             return WorkerLost(f"{peer} is not a member of this cluster any more")
-        run = asyncio.ensure_future(known.run(order))
+        call = asyncio.ensure_future(what(known))
         try:
-            while (doubt := await self._doubt(peer, order, run)) is None and not run.done():
+            while (doubt := await self._doubt(peer, call, is_pending)) is None and not call.done():
                 pass
-            if doubt and not run.done():
-                # The answer may be on its way: it was sent before the peer forgot the order.
-                await asyncio.wait({run}, timeout=self._lease_seconds / 2)
-            if not run.done():
-                return WorkerLost(f"{peer} lost the order: {doubt}")
-            return await run
+            if doubt and not call.done():
+                # The answer may be on its way: it was sent before the peer forgot the call.
+                await asyncio.wait({call}, timeout=self._lease_seconds / 4)
+            if not call.done():
+                return WorkerLost(f"{peer} lost the call: {doubt}")
+            return await call
         except ServingError as error:
             return error
         except Exception as error:  # a bug, there or here: the engine waits for an answer all the same
             return Internal(f"{peer}: {error!r}")
         finally:
-            run.cancel()
+            call.cancel()
 
-    async def _doubt(self, peer: WorkerId, order: PrefillOrder, run: asyncio.Future[PrefillDone]) -> str | None:
-        """After half a lease without an answer: why there may never be one."""
-        await asyncio.wait({run}, timeout=self._lease_seconds / 2)
-        if run.done():
+    async def _doubt(
+        self, peer: WorkerId, call: asyncio.Future[T], is_pending: Callable[[Peer], Awaitable[bool]]
+    ) -> str | None:
+        """After a quarter of a lease without an answer: why there may never be one. All in all within the lease."""
+        await asyncio.wait({call}, timeout=self._lease_seconds / 4)
+        if call.done():
             return None
-        request, attempt = order.request.id, order.attempt
-        pending = await self._bounded(peer, lambda known: known.is_pending(request, attempt))
+        pending = await self._bounded(peer, is_pending, self._lease_seconds / 2)
         return None if pending is True else f"{pending or 'it does not know it, or its engine does not move'}"

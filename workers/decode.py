@@ -152,6 +152,12 @@ class DecodeRole:
         handoff.reply = reply
         self._engine.add(answer.sequence)
 
+    def renew(self, request: RequestId, attempt: int) -> None:
+        """Prefill still waits for its ticket."""
+        answer = self._answers.get((request, attempt))
+        if answer and answer.handoff:
+            self._receiver.touch(answer.handoff.inbound)
+
     def transfer_failed(self, request: RequestId, attempt: int, reason: str) -> None:
         """The sender gave up."""
         answer = self._answers.get((request, attempt))
@@ -210,7 +216,13 @@ class DecodeRole:
         order = PrefillOrder(
             request=answer.request, attempt=answer.attempt, decode=self._spec.id, prefix_from=prefix_from
         )
-        self._effects.order(prefill, order, lambda done: self._prefilled(answer, done))
+        request, attempt = answer.request.id, answer.attempt
+        self._effects.wait(
+            prefill,
+            lambda peer: peer.run(order),
+            lambda peer: peer.is_pending(request, attempt),
+            lambda done: self._prefilled(answer, done),
+        )
 
     def _write_ticket(self, answer: _Answer) -> None:
         handoff, sequence = answer.handoff, answer.sequence

@@ -1,6 +1,6 @@
 """What workers say to each other about a request. Knows neither Ray nor the engine.
 
-D → P: run, is_pending, committed, withdraw.   P → D: grant, transfer_failed.
+D → P: run, is_pending, committed, withdraw.   P → D: grant, is_granting, transfer_failed.
 Anyone: offer, expect, lend, returned.
 Every one is idempotent, and late ones about a request that is over change nothing.
 """
@@ -55,6 +55,11 @@ class Peer(Protocol):
         """Room for the prompt's KV, as soon as there is; None when the request is over."""
         ...
 
+    async def is_granting(self, request: RequestId, attempt: int) -> bool:
+        """Whether a grant still waits for room and the engine is alive: asked while waiting for it, which renews
+        the lease of whoever waits."""
+        ...
+
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         """A parcel is on the link."""
         ...
@@ -88,8 +93,14 @@ class Effects(Protocol):
         """A short call, bounded by the lease. `then` gets the answer or why there is none."""
         ...
 
-    def order(self, peer: WorkerId, order: PrefillOrder, then: Callable[[PrefillDone | ServingError], None]) -> None:
-        """`run`, for as long as the peer says that it is pending."""
+    def wait(
+        self,
+        peer: WorkerId,
+        what: Callable[[Peer], Awaitable[T]],
+        is_pending: Callable[[Peer], Awaitable[bool]],
+        then: Callable[[T | ServingError], None],
+    ) -> None:
+        """A call that may take long, for as long as the peer says that it is pending."""
         ...
 
     def now(self) -> float:

@@ -144,9 +144,10 @@ class PrefillRole:
             if job and not job.asked and job.order.request.params.max_tokens > 1:
                 job.asked = True
                 request, attempt = job.order.request.id, job.order.attempt
-                self._effects.call(
+                self._effects.wait(
                     job.order.decode,
                     lambda peer, request=request, attempt=attempt: peer.grant(request, attempt),
+                    lambda peer, request=request, attempt=attempt: peer.is_granting(request, attempt),
                     lambda ticket, job=job: self._granted(job, ticket),
                 )
 
@@ -230,7 +231,8 @@ class PrefillRole:
         self._end(job, State.FAILED, reason)
 
     def _touch(self, job: _Job) -> None:
-        if job.done or job.outbound.ticket is not None:
+        # Before there is a ticket we wait for room over there, however long it takes: `Effects.wait` looks after that.
+        if job.outbound.ticket is not None:
             job.deadline = self._effects.now() + self._spec.lease_seconds
 
     def _reply(self, job: _Job, answer: PrefillDone | ServingError) -> None:

@@ -60,6 +60,7 @@ from workers.prefill import PrefillRole
 from workers.reporter import Reporter
 from workers.transfer.acquaintance import Acquaintance, Neighbours
 from workers.transfer.doorway import Doorway
+from workers.transfer.fail_points import fail_points
 from workers.transfer.link import MeetingPlace
 from workers.transfer.receiving import Receiver
 from workers.transfer.sending import Sender
@@ -86,6 +87,8 @@ class Worker:
         self._stopping = False
         self._orders: set[tuple[RequestId, int]] = set()
         """Orders of decode workers that were not answered yet."""
+        self._grants: set[tuple[RequestId, int]] = set()
+        """Tickets that prefill workers wait for."""
         self._unanswered: set[asyncio.Future[Any]] = set()
         self._broken: asyncio.Future[BaseException] = self._loop.create_future()
         self._arena: SharedArena | None = None
@@ -232,7 +235,17 @@ class Worker:
         self._engine.post_cancel(self._roles.prefill.withdraw, request, attempt)
 
     async def grant(self, request: RequestId, attempt: int) -> KvTicket | None:
-        return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))
+        self._grants.add((request, attempt))
+        try:
+            return await self._answered(lambda reply: self._roles.decode.grant(request, attempt, reply))
+        finally:
+            self._grants.discard((request, attempt))
+
+    async def is_granting(self, request: RequestId, attempt: int) -> bool:
+        if self.silent_seconds() >= self.spec.lease_seconds or (request, attempt) not in self._grants:
+            return False
+        self._engine.post(self._roles.decode.renew, request, attempt)
+        return True
 
     async def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         self._roles.receiver.expect(sender, parcel)
@@ -317,7 +330,7 @@ class Worker:
         sender = Sender(engine, spec, self._calls, self._engine.post)
         receiver = Receiver(engine, spec, self._calls, self._engine.post, place)
         borrower = Borrower(engine, spec, self._calls, receiver)
-        return Roles(
+        roles = Roles(
             engine=engine,
             prefill=PrefillRole(engine, spec, self._calls, sender, borrower),
             decode=DecodeRole(engine, spec, self._calls, receiver, borrower),
@@ -326,6 +339,11 @@ class Worker:
             lender=Lender(engine, spec, self._calls, sender),
             borrower=borrower,
         )
+        for tally in (roles.prefill.counters.tally, roles.lender.tally):
+            tally.on_transition = fail_points("sender", os.environ)
+        for tally in (roles.decode.counters.tally, roles.borrower.tally):
+            tally.on_transition = fail_points("receiver", os.environ)
+        return roles
 
     def _share(self, layout: KvLayout, blocks: int, device: torch.device) -> KvMemory | None:
         """The KV memory that others may read; None where it is the engine's alone."""

@@ -1,8 +1,11 @@
 """KV on its way between two layouts: granules of 16 tokens, in the numbers of the wire.
 
-A packed granule is [scales] [layers, 2, heads, 16, head_dim]: scales, one fp32 per layer, side and
-head, only where the wire quantises. It says nothing of block sizes, of the cache's numbers or of
-other heads, so what one layout packs any other can unpack.
+A packed granule is [scales] [layers, 2, heads, 16, head_dim]: scales [layers, 2, heads, 16] bf16
+only where the wire quantises. It says nothing of block sizes, of the cache's numbers or of other
+heads, so what one layout packs any other can unpack.
+
+What is quantised is turned first, by a Hadamard matrix over head_dim (QuaRot, Ashkboos et al. 2024):
+keys have a few loud channels, and turned they share their loudness with the others.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 GRANULE: Final = 16
 """Tokens."""
 _DTYPE: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+_SCALE_BYTES: Final = 2
 _LARGEST: Final = {"int8": 127.0, "fp8_e4m3": 448.0}
 """Of a quantised number. fp8_e4m3fn has no infinity: what is larger would become NaN."""
 
@@ -31,9 +35,14 @@ class Granules(NamedTuple):
 
 def granule_bytes(layers: int, heads: int, head_dim: int, wire: Wire) -> int:
     """Of one packed granule."""
-    rows = layers * 2 * heads
-    scales = rows * 4 if wire in _LARGEST else 0
-    return scales + rows * GRANULE * head_dim * _DTYPE[wire].itemsize
+    rows = layers * 2 * heads * GRANULE
+    return rows * ((_SCALE_BYTES if wire in _LARGEST else 0) + head_dim * _DTYPE[wire].itemsize)
+
+
+def is_whole(arena: Tensor, heads: slice, wire: Wire) -> bool:
+    """Whether a granule is a block of the arena as it lies."""
+    all_heads = heads.stop - heads.start == arena.shape[3]
+    return arena.shape[4] == GRANULE and all_heads and arena.dtype == _DTYPE[wire]
 
 
 def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -> Tensor:
@@ -41,8 +50,7 @@ def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -
 
     `heads` counts from the arena's first.
     """
-    whole = arena.shape[4] == GRANULE and heads.stop - heads.start == arena.shape[3]
-    if whole and arena.dtype == _DTYPE[wire]:
+    if is_whole(arena, heads, wire):
         return arena.index_select(0, granules.blocks).view(-1).view(torch.uint8)
     # Indices apart from each other come first in the result: [count, layers, 2, heads, 16, head_dim].
     chosen = _parted(arena)[granules.blocks, :, :, heads, granules.parts]
@@ -56,8 +64,7 @@ def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -
 
 def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed: Tensor) -> None:
     """The inverse of `pack_granules`, into an arena of any block size and numbers."""
-    whole = arena.shape[4] == GRANULE and heads.stop - heads.start == arena.shape[3]
-    if whole and arena.dtype == _DTYPE[wire]:
+    if is_whole(arena, heads, wire):
         arena.index_copy_(0, granules.blocks, packed.view(arena.dtype).view(-1, *arena.shape[1:]))
         return
     count, layers, head_dim = len(granules.blocks), arena.shape[1], arena.shape[5]
@@ -66,9 +73,10 @@ def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire,
         values = packed.view(_DTYPE[wire]).view(shape)
     else:
         rows = packed.view(count, -1)
-        size = layers * 2 * shape[3] * 4
-        scales = rows[:, :size].contiguous().view(torch.float32).view(*shape[:4], 1, 1)
+        size = layers * 2 * shape[3] * GRANULE * _SCALE_BYTES
+        scales = rows[:, :size].contiguous().view(torch.bfloat16).view(*shape[:5], 1)
         values = rows[:, size:].contiguous().view(_DTYPE[wire]).view(shape).float() * scales
+        values = values @ _turn(head_dim, packed.device).mT
     _parted(arena)[granules.blocks, :, :, heads, granules.parts] = values.to(arena.dtype)
 
 
@@ -77,12 +85,22 @@ def _parted(arena: Tensor) -> Tensor:
     return arena.view(*arena.shape[:4], -1, GRANULE, arena.shape[5])
 
 
+def _turn(head_dim: int, device: torch.device) -> Tensor:
+    """Orthogonal [head_dim, head_dim]: Hadamard matrices of the largest power of two that divides it, side by side."""
+    size = head_dim & -head_dim
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.kron(torch.eye(head_dim // size), matrix / size**0.5).to(device)
+
+
 def _quantise(values: Tensor, wire: Wire) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale for the 16 tokens of a head: (numbers, scales [count, layers, 2, heads])."""
+    """Symmetric, one scale for each token of a head: (numbers, scales [count, layers, 2, heads, 16] bf16)."""
     largest = _LARGEST[wire]
-    scales = values.abs().amax(dim=(-2, -1)) / largest
-    scales[scales == 0] = 1.0  # a head of zeros has no scale of its own
-    scaled = values / scales[..., None, None]
+    turned = values @ _turn(values.shape[-1], values.device)
+    scales = (turned.abs().amax(dim=-1) / largest).to(torch.bfloat16)
+    scales[scales == 0] = 1.0  # a token of zeros has no scale of its own
+    scaled = turned / scales[..., None]
     if wire == "int8":
         scaled = scaled.round_()
     return scaled.clamp_(-largest, largest).to(_DTYPE[wire]), scales

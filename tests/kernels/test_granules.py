@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import GRANULE, Granules, granule_bytes, pack_granules, unpack_granules
+from kernels.reference import granules as reference
 
 LAYERS, HEADS, DIM = 3, 4, 8
 TOKENS = 7 * GRANULE
@@ -58,7 +59,7 @@ def test_heads_come_together_from_two_shards_and_part_again(wire: str) -> None:
         unpack_granules(back, at, heads, wire, pack_granules(shard, places, slice(0, 2), wire))
     once = arena(16)
     unpack_granules(once, at, slice(0, HEADS), wire, pack_granules(whole, at, slice(0, HEADS), wire))
-    assert torch.equal(back[[4, 2, 8]], once[[4, 2, 8]]), "a second pass loses nothing more"
+    torch.testing.assert_close(back[[4, 2, 8]], once[[4, 2, 8]], atol=0.03 if wire == "int8" else 0, rtol=0)
 
 
 def test_fp32_becomes_bf16_by_rounding_once() -> None:
@@ -68,23 +69,38 @@ def test_fp32_becomes_bf16_by_rounding_once() -> None:
     assert torch.equal(target[7], torch.cat([source[3], source[5]], dim=3).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize(("wire", "steps"), [("int8", 127.0), ("fp8_e4m3", 16.0)])
-def test_quantised_values_are_off_by_half_a_step_at_most(wire: str, steps: float) -> None:
-    source, target = arena(16, torch.bfloat16), arena(16, torch.bfloat16)
+@pytest.mark.parametrize(("wire", "steps"), [("int8", 254), ("fp8_e4m3", 32)])
+@pytest.mark.parametrize("dim", [8, 64, 80])
+def test_quantised_tokens_are_off_by_half_a_step_at_most(wire: str, steps: float, dim: int) -> None:
+    source = torch.randn(12, LAYERS, 2, HEADS, 16, dim)
     source[3, 1, 0, 2] *= 50  # one loud head must not cost the others their precision
+    source[3, :, 0, :, :, 5] += 30  # nor one loud channel of the keys its own
     source[5, 2, 1, 3] = 0
+    target = torch.zeros_like(source)
     at = granules([3, 5], 16, 2)
     packed = pack_granules(source, at, slice(0, HEADS), wire)
-    assert len(packed) == 2 * granule_bytes(LAYERS, HEADS, DIM, wire)
+    assert len(packed) == 2 * granule_bytes(LAYERS, HEADS, dim, wire)
     unpack_granules(target, at, slice(0, HEADS), wire, packed)
-    wanted, got = source[[3, 5]].float(), target[[3, 5]].float()
-    largest = wanted.abs().amax(dim=(-2, -1), keepdim=True)
-    error = (got - wanted).abs()
-    # int8 has even steps; fp8 has 3 bits after the first, and even steps below its smallest exponent.
-    bound = largest / steps / 2 if wire == "int8" else torch.maximum(wanted.abs() / steps, largest / 448 * 2**-9)
-    assert bool((error <= bound + got.abs() * 2**-8).all())
+    wanted, got = source[[3, 5]], target[[3, 5]]
+    # Turned, no number is larger than the token's length, and the turn keeps lengths. A bf16 scale adds its rounding.
+    bound = wanted.norm(dim=-1) * (dim**0.5 / steps + 2**-8)
+    assert bool(((got - wanted).norm(dim=-1) <= bound).all())
     assert not got[1, 2, 1, 3].any()
 
 
 def test_int8_takes_little_more_than_half_of_bf16() -> None:
-    assert granule_bytes(30, 3, 64, "int8") / granule_bytes(30, 3, 64, "bf16") < 0.503
+    assert granule_bytes(30, 3, 64, "int8") / granule_bytes(30, 3, 64, "bf16") < 0.52
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("heads", [slice(0, HEADS), slice(1, 3)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_each_device_means_what_the_reference_means(block_size: int, heads: slice, wire: str) -> None:
+    held, into, into_reference = arena(block_size), arena(block_size), arena(block_size)
+    into_reference.copy_(into)
+    at = granules([4, 0, 11, 7, 2], block_size, 5)
+    packed = pack_granules(held, at, heads, wire)
+    assert packed.equal(reference.pack_granules(held, at, heads, wire))
+    unpack_granules(into, at, heads, wire, packed)
+    reference.unpack_granules(into_reference, at, heads, wire, packed)
+    assert into.equal(into_reference)

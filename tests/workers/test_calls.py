@@ -43,7 +43,12 @@ def ordered(prompt: Make, request_for: Make) -> Make:
         if peer:
             calls.meet({PEER: peer})
         wanted = PrefillOrder(request=request_for(prompt(5)), attempt=0, decode=WorkerId("d"))
-        calls.order(PEER, wanted, heard.put_nowait)
+        calls.wait(
+            PEER,
+            lambda peer: peer.run(wanted),
+            lambda peer: peer.is_pending(wanted.request.id, wanted.attempt),
+            heard.put_nowait,
+        )
         answer = await heard.get()
         calls.close()
         assert heard.empty()
@@ -80,7 +85,7 @@ def test_an_order_that_the_peer_forgot_is_lost(run: Make, ordered: Make) -> None
     async def test() -> None:
         answer = await ordered(Peer(never, pending=(True, False)))
         assert isinstance(answer, WorkerLost)
-        assert "lost the order" in str(answer)
+        assert "lost the call" in str(answer)
 
     run(test())
 

@@ -238,6 +238,24 @@ def test_a_stale_ticket_does_not_harm_the_pair_that_replaced_its_own(
     run(test())
 
 
+def test_a_pair_that_only_the_sender_gave_up_is_rebuilt_without_waiting(
+    run: Make, pair: Make, prompt: Make, request_for: Make
+) -> None:
+    """As after a stop: the announcement of its last parcel was answered too late, and by then nothing was under way."""
+
+    async def test() -> None:
+        async with pair(lease_seconds=600.0) as two:
+            requests = [request_for(prompt(100, seed=seed)) for seed in range(3)]
+            await two.answers(requests[0])
+            await two.settle()
+            await two.see(two.p, lambda roles: roles.sender._pairs.retire_receiver("d", "a test wants it"))
+            for request in requests[1:]:
+                await two.answers(request)
+            assert [two.front.served(each.id).how for each in requests] == ["remote", "local", "remote"]
+
+    run(test())
+
+
 def test_no_room_for_one_hand_off_does_not_cost_another_its_pair(
     run: Make, pair: Make, prompt: Make, request_for: Make
 ) -> None:

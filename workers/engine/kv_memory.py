@@ -31,10 +31,14 @@ def private_memory(layout: KvLayout, blocks: int, device: torch.device) -> KvMem
 
 def locate_granules(arena: Tensor, blocks: Sequence[BlockId], first: int, count: int) -> Granules:
     """Granules [first, first + count), counted from the first of `blocks`."""
-    per_block = arena.shape[4] // GRANULE
-    at = torch.arange(first, first + count)
-    ids = torch.tensor(blocks, dtype=torch.int64)[at // per_block]
-    return Granules(ids.to(arena.device), (at % per_block).to(arena.device))
+    per_block, last = arena.shape[4] // GRANULE, first + count
+    if per_block == 1:
+        ids, parts = torch.tensor(blocks[first:last], dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    else:
+        at = range(first, last)
+        ids = torch.tensor([blocks[each // per_block] for each in at], dtype=torch.int64)
+        parts = torch.tensor([each % per_block for each in at], dtype=torch.int64)
+    return Granules(ids.to(arena.device), parts.to(arena.device))
 
 
 def read_granules(arena: Tensor, source: KvSource, count: int) -> Tensor:

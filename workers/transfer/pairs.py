@@ -144,6 +144,8 @@ class SenderPairs:
         self._verifier = Verifier(spec.verify, spec.secret)
         self._pairs: dict[str, SenderPair] = {}
         self._receivers: dict[str, WorkerId] = {}
+        self._over: dict[str, int] = {}
+        """Epochs up to which a key's pairs are void."""
 
     def ship(self, receiver: WorkerId, link: LinkKind, address: PairAddress, shipment: Shipment) -> None:
         """Over the pair at this address, which is opened first if need be."""
@@ -165,9 +167,13 @@ class SenderPairs:
         )
 
     def is_stale(self, address: PairAddress) -> bool:
-        """Whether a later ticket of the same receiver already opened a later pair."""
+        """Whether it was closed here, or a later ticket of the same receiver already opened a later pair.
+
+        The receiver may not know yet, and counts parcels where this side left off.
+        """
         pair = self._pairs.get(address.key)
-        return pair is not None and pair.address.epoch > address.epoch
+        newest = pair.address.epoch if pair is not None else 0
+        return address.epoch < newest or address.epoch <= self._over.get(address.key, 0)
 
     def unheard(self, address: PairAddress, answer: ServingError | None) -> None:
         """What came of announcing a parcel. If nobody receives it, what is sent after it would wait for it."""
@@ -180,6 +186,7 @@ class SenderPairs:
             pair = self._pairs.get(address.key)
             if pair is not None and pair.address == address:
                 del self._pairs[address.key], self._receivers[address.key]
+                self._over[address.key] = address.epoch
                 pair.close()
                 self._void(address, reason)
 

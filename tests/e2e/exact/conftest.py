@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
 
@@ -22,6 +22,7 @@ from diptych.types import (
     Placement,
     Request,
     RequestId,
+    Role,
     SamplingParams,
     WorkerId,
     WorkerSpec,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from workers.worker import Worker
 
 ANSWER_TOKENS = 64
+WireOption = Literal["native", "int8", "fp8_e4m3"]
 WAIT_SECONDS = 120
 ME, FRONT = WorkerId("lone-0"), FrontId("test")
 ROOT = KvIdentity(model_digest="any", weight_format="any", kv_dtype="any").root()
@@ -81,14 +83,21 @@ class Said:
     tokens: tuple[int, ...]
     fingerprints: tuple[bytes | None, ...]
     argmax: tuple[int | None, ...]
+    logprobs: tuple[float | None, ...]
 
 
 class Lone:
     """One worker in this process, that computes prompts itself: what a hand-off is compared with."""
 
-    def __init__(self, worker: Worker, run: Callable[[Coroutine[Any, Any, list[Said]]], list[Said]]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        run: Callable[[Coroutine[Any, Any, list[Said]]], list[Said]],
+        placement: Placement | None = None,
+    ) -> None:
         self._worker = worker
         self._run = run
+        self._placement = placement or Placement(decode=ME, prefill=None, how="local", reason="nobody else is here")
         self._count = 0
 
     def answers(
@@ -100,7 +109,7 @@ class Lone:
 
     def _request(self, prompt: Sequence[int], forced: Sequence[int], tokens: int) -> Request:
         self._count += 1
-        params = SamplingParams(max_tokens=tokens, temperature=0, fingerprint=True, forced=tuple(forced))
+        params = SamplingParams(max_tokens=tokens, temperature=0, fingerprint=True, forced=tuple(forced), logprobs=0)
         return Request(
             id=RequestId(f"r{self._count}"),
             front=FRONT,
@@ -113,11 +122,10 @@ class Lone:
     async def _all(self, requests: list[Request]) -> list[Said]:
         heard: dict[RequestId, list[Emission]] = {request.id: [] for request in requests}
         missing = set(heard)
-        placement = Placement(decode=ME, prefill=None, how="local", reason="nobody else is here")
         async with asyncio.timeout(WAIT_SECONDS), aclosing(self._worker.outbox(FRONT)) as outbox:
             await anext(outbox)  # open
             for request in requests:
-                await self._worker.submit(request, 0, placement)
+                await self._worker.submit(request, 0, self._placement)
             while missing:
                 for item in await anext(outbox):
                     assert isinstance(item, Emission), item
@@ -132,15 +140,13 @@ def said(emissions: Sequence[Emission]) -> Said:
         tokens=tuple(each.token for each in emissions),
         fingerprints=tuple(each.fingerprint for each in emissions),
         argmax=tuple(each.argmax for each in emissions),
+        logprobs=tuple(each.logprobs.logprob if each.logprobs else None for each in emissions),
     )
 
 
-@contextmanager
-def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
+def spec_of(model: ModelSource, dtype: ModelDtype) -> WorkerSpec:
     """A worker of the same making as a cluster's, with default settings and one thread."""
-    from workers.worker import Worker
-
-    spec = WorkerSpec(
+    return WorkerSpec(
         id=ME,
         role="mixed",
         epoch=0,
@@ -161,8 +167,14 @@ def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
         cache=str(cache_folder() / "weights"),
     )
 
+
+@contextmanager
+def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
+    """One worker."""
+    from workers.worker import Worker
+
     async def made() -> Worker:
-        worker = Worker(spec)
+        worker = Worker(spec_of(model, dtype))
         await worker.start()
         return worker
 
@@ -170,6 +182,37 @@ def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
         worker = runner.run(made())
         yield Lone(worker, runner.run)
         assert runner.run(worker.stop())
+
+
+@contextmanager
+def held_apart(model: ModelSource, dtype: ModelDtype, wire: WireOption) -> Iterator[Lone]:
+    """Two workers, and every prompt handed over between them by gloo. First tokens come from prefill."""
+    from workers.worker import Worker
+
+    def made(worker: str, role: Role) -> Worker:
+        return Worker(replace(spec_of(model, dtype), id=WorkerId(worker), role=role, wire=wire))
+
+    async def started() -> tuple[Worker, Worker, asyncio.Task[None]]:
+        prefill, decode = made("prefill-0", "prefill"), made("decode-0", "decode")
+        for worker in (prefill, decode):
+            await worker.start()
+        await prefill.meet({WorkerId("decode-0"): decode})
+        await decode.meet({WorkerId("prefill-0"): prefill})
+        return prefill, decode, asyncio.ensure_future(drained(prefill))
+
+    async def drained(worker: Worker) -> None:
+        """Decode says the first tokens again."""
+        async for _ in worker.outbox(FRONT):
+            pass
+
+    async def ended(prefill: Worker, decode: Worker) -> bool:
+        return all(await asyncio.gather(prefill.stop(), decode.stop()))
+
+    placement = Placement(decode=WorkerId("decode-0"), prefill=WorkerId("prefill-0"), how="remote", reason="a test")
+    with asyncio.Runner() as runner:
+        prefill, decode, _ = runner.run(started())
+        yield Lone(decode, runner.run, placement)
+        assert runner.run(ended(prefill, decode))
 
 
 class Hold(Protocol):
@@ -182,6 +225,12 @@ class Hold(Protocol):
 def hold() -> Hold:
     """`with hold(model, dtype) as lone:` a worker in this process."""
     return held
+
+
+@pytest.fixture(scope="session")
+def hold_apart() -> Callable[..., AbstractContextManager[Lone]]:
+    """`with hold_apart(model, dtype, wire) as pair:` two workers in this process."""
+    return held_apart
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,8 @@ FILL = 127
 """In the other half of each head: the int8 wire's scale is 1 then, and it loses nothing."""
 VOCABULARY = 251
 ROOT = KvIdentity(model_digest="m", weight_format="fp32", kv_dtype="fp32").root()
-HEAD_DIM = 2
+HEAD_DIM = 3
+"""Odd: a wire that quantises turns it by 1."""
 
 
 # ---- the model -------------------------------------------------------------------------------------------
@@ -138,16 +139,16 @@ class ChainEngine(Engine):
         for position in range(work.start, work.start + work.count):
             before = link_of_chain(before, sequence.tokens[position], position)
             block, offset = sequence.blocks[position // size], position % size
-            self.kv[block, 0, 0, 0, offset] = before, FILL
-            self.kv[block, 0, 1, 0, offset] = PRIME - before, FILL
+            self.kv[block, 0, 0, 0, offset] = before, FILL, FILL
+            self.kv[block, 0, 1, 0, offset] = PRIME - before, FILL, FILL
 
     def _sample(self, sequence: Sequence) -> Sampled:
         """From all of its KV: both numbers of the keys and both of the values must be right to be used."""
         count = len(sequence.tokens)
         held = self.kv[sequence.blocks, 0].transpose(0, 3, 1, 2, 4).reshape(-1, 2, HEAD_DIM)[:count]
         total = 0
-        for position, ((key, twin), (value, other)) in enumerate(held.tolist()):
-            sound = key + value == PRIME and twin == other == FILL
+        for position, ((key, *fill), (value, *other)) in enumerate(held.tolist()):
+            sound = key + value == PRIME and fill == other == [FILL, FILL]
             total += (whole(key) if sound else 13) * (position % 97 + 1)
         token, index = total % VOCABULARY, sequence.generated
         finish = sequence.accept(token)
@@ -166,6 +167,8 @@ class Call:
     name: str
     arguments: tuple[Any, ...]
     then: Callable[[Any], None] | None
+    pending: tuple[str, tuple[Any, ...]] | None = None
+    """What asks whether it still is."""
     settled: bool = False
 
 
@@ -229,7 +232,7 @@ class World:
 
     def call(self, call: Call) -> None:
         """Bounded by the lease, like `workers.calls`."""
-        if call.name != "run":
+        if call.pending is None:
             self.at(LEASE, lambda: self._settle(call, WorkerLost("no answer within the lease")))
         else:
             self.at(LEASE / 2, lambda: self._doubt(call))
@@ -273,13 +276,14 @@ class World:
             call.caller.post(call.then, said)
 
     def _doubt(self, call: Call) -> None:
-        """Is the order still pending there? As `Calls._answer_of` asks."""
+        """Is it still pending there? As `Calls._answer_of` asks."""
         if call.settled or not call.caller.alive:
             return
-        callee, order = self.workers.get(call.callee), call.arguments[0]
+        callee = self.workers.get(call.callee)
+        assert call.pending is not None
         reachable = frozenset((call.caller.id, call.callee)) not in self.cut
         known = callee is not None and callee.alive and not callee.is_stopped and reachable
-        if known and callee is not None and (order.request.id, order.attempt) in callee.orders:
+        if known and callee is not None and callee.knows(*call.pending):
             self.at(LEASE / 2, lambda: self._doubt(call))
         else:
             self.at(LEASE / 2, lambda: self._settle(call, WorkerLost(f"{call.callee} lost the order")))
@@ -321,7 +325,8 @@ class SimWorker:
         self.is_stopped = False
         self.missed: list[Callable[[], None]] = []
         self.inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self.orders: set[tuple[RequestId, int]] = set()
+        self.orders: set[tuple[Any, ...]] = set()
+        self.grants: set[tuple[Any, ...]] = set()
         self.engine = ChainEngine(limits)
         place: Any = Place()
         self.sender = Sender(self.engine, spec, self, self.post)
@@ -393,8 +398,15 @@ class SimWorker:
         name, arguments = what(Recorder())
         self.world.call(Call(self, peer, name, arguments, then))
 
-    def order(self, peer: WorkerId, order: Any, then: Callable[[Any], None]) -> None:
-        self.world.call(Call(self, peer, "run", (order,), then))
+    def wait(
+        self,
+        peer: WorkerId,
+        what: Callable[[Any], Any],
+        is_pending: Callable[[Any], Any],
+        then: Callable[[Any], None],
+    ) -> None:
+        name, arguments = what(Recorder())
+        self.world.call(Call(self, peer, name, arguments, then, pending=is_pending(Recorder())))
 
     def now(self) -> float:
         return self.world.now
@@ -405,7 +417,14 @@ class SimWorker:
         if name == "run":
             self._run(arguments[0], answer)
         elif name == "grant":
-            self.post(self.decode.grant, *arguments, answer)
+            key = (arguments[0], arguments[1])
+            self.grants.add(key)
+
+            def reply(said: Any) -> None:
+                self.grants.discard(key)
+                answer(said)
+
+            self.post(self.decode.grant, *arguments, reply)
         elif name == "expect":
             self.receiver.expect(*arguments)
             answer(None)
@@ -422,6 +441,13 @@ class SimWorker:
             answer(None)
         else:
             raise AssertionError(name)
+
+    def knows(self, asked: str, key: tuple[Any, ...]) -> bool:
+        if asked == "is_pending":
+            return key in self.orders
+        if key in self.grants:
+            self.post(self.decode.renew, *key)
+        return key in self.grants
 
     def _run(self, order: Any, answer: Callable[[Any], None]) -> None:
         key = (order.request.id, order.attempt)
@@ -767,9 +793,9 @@ def damage(world: World, parcel: Any, content: torch.Tensor) -> tuple[Any, torch
 
 
 def _place(world: World, kind: str, parcel: Any, size: int) -> int:
-    """A byte of that class: a packed granule is [scales] [keys 16 x 2] [values 16 x 2]."""
+    """A byte of that class: a packed granule is [scales of keys, of values] [keys 16 x 3] [values 16 x 3]."""
     granule = size // max(1, parcel.count)
-    scales = 8 if world.wire in ("int8", "fp8_e4m3") else 0
+    scales = 2 * 16 * 2 if parcel.nbytes and world.wire == "int8" and parcel.source is None else 0
     numbers = (granule - scales) // 2
     start = world.random.randrange(max(1, parcel.count)) * granule
     if kind == "scales" and scales:
