@@ -96,12 +96,13 @@ async def _serve(config: Config, site: Site, session: RaySession, stopping: asyn
     pools = Pools(config, site, journal.say, journal.add)
     try:
         _announce(config, session, await _unless(stopping, pools.start()))
-        why = await _unless(stopping, pools.wait_broken())
+        try:
+            why = await _unless(stopping, pools.wait_broken())
+        except Stopped:
+            journal.say("stopping")
+            return 0
         journal.fail(why)
         return 1
-    except Stopped:
-        journal.say("stopping")
-        return 0
     finally:
         await pools.stop()
 

@@ -18,13 +18,13 @@ import ray
 from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError, RayTaskError
 
 from diptych.errors import Internal, Overloaded, ServingError, WorkerLost
+from diptych.packing import packed
 from diptych.types import (
     BlockHash,
     FrontId,
     KvOffer,
     KvParcel,
     KvTicket,
-    Outgoing,
     Placement,
     PrefillDone,
     PrefillOrder,
@@ -175,9 +175,10 @@ class WorkerActor:
     async def cancel(self, request: RequestId, attempt: int) -> None:
         await self._it.cancel(request, attempt)
 
-    async def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
+    async def outbox(self, front: FrontId) -> AsyncGenerator[bytes, None]:
+        """For `diptych.packing.unpacked`."""
         async for items in self._it.outbox(front):
-            yield items
+            yield packed(items)
 
     async def front_left(self, front: FrontId) -> None:
         self._it.front_left(front)

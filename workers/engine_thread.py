@@ -20,12 +20,12 @@ from workers.decode import DecodeRole
 from workers.engine.engine import Engine
 from workers.lending import Lender
 from workers.prefill import PrefillRole
-from workers.report_pace import ReportPace
+from workers.report_pace import HEARTBEAT_SECONDS, ReportPace
 from workers.transfer.receiving import Receiver
 from workers.transfer.sending import Sender
 
-_IDLE_SECONDS = 0.25
-"""An idle engine looks at its leases this often."""
+_LEASE_SECONDS = 0.25
+"""An engine that waits for others looks at its leases this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class EngineThread:
 
     def _run(self, roles: Roles, listener: Listener, take_step: Callable[[], Mapping[FrontId, list[Outgoing]]]) -> None:
         engine, pace, progress, finished = roles.engine, ReportPace(), False, 0
-        while (heard := self._drain(wait=not progress)) is not None:
+        while (heard := self._drain(0.0 if progress else _patience_seconds(roles))) is not None:
             self._moved, self._busy = time.monotonic(), True
             roles.prefill.tick()
             roles.receiver.tick()
@@ -174,11 +174,11 @@ class EngineThread:
                 listener.changed(self._snapshot(roles, audit=pace.settled))
             self._busy = False
 
-    def _drain(self, *, wait: bool) -> int | None:
-        """Do what was posted; with nothing to compute, wait for it. How much, or None to stop."""
+    def _drain(self, wait_seconds: float) -> int | None:
+        """Do what was posted, and wait for it so long when nothing is. How much, or None to stop."""
         done = 0
         try:
-            item = self._inbox.get(block=wait, timeout=_IDLE_SECONDS if wait else None)
+            item = self._inbox.get(block=wait_seconds > 0, timeout=wait_seconds or None)
             while item is not None:
                 what, arguments = item
                 what(*arguments)
@@ -219,6 +219,12 @@ class EngineThread:
             engine_cpu_seconds=time.thread_time(),
             cancel_steps_max=self._cancel_steps_max,
         )
+
+
+def _patience_seconds(roles: Roles) -> float:
+    """How long nothing but a post needs the engine. A wake costs a quarter of a millisecond of CPU."""
+    leased = roles.prefill.owners() or roles.decode.owners() or roles.engine.pool.owners()
+    return _LEASE_SECONDS if leased else HEARTBEAT_SECONDS
 
 
 def _nobody(_: Roles | BaseException) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 LOAD_SECONDS = 0.1
 """What a placement depends on (arrivals, prompts computed, room made) is told at most this often. What
 the scheduler placed meanwhile it counts itself."""
-PROGRESS_SECONDS = 0.5
+PROGRESS_SECONDS = 1.0
 """Tokens decoded, and the blocks they filled."""
 HEARTBEAT_SECONDS = 1.0
 """Told even when nothing changed."""

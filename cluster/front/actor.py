@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from diptych.errors import NoWorker, WorkerLost
+from diptych.packing import unpacked
 from workers.actors import answer
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class _RayWorker:
 
     async def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
         async for items in self._handle.outbox.remote(front):
-            yield await answer(items, self._who)
+            yield unpacked(await answer(items, self._who))
 
 
 class SchedulerCalls:

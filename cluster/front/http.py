@@ -7,7 +7,7 @@ import json
 import secrets
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -142,10 +142,24 @@ class _EmbeddedServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._ending = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        # uvicorn's own wakes ten times a second, to look whether it should end.
+        seconds = 0
+        while not await self.on_tick(10 * seconds):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), 1)
+            seconds += 1
+
+    def end(self) -> None:
+        """Takes no more requests; `serve` returns when those under way are over or cancelled."""
+        self.should_exit = True
+        self._ending.set()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -163,7 +177,7 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Takes no more requests, lets running ones go on for the grace period, then cancels them."""
-        self._server.should_exit = True
+        self._server.end()
         await asyncio.wait_for(self._serving, self.grace_seconds + STOP_SECONDS)
         # uvicorn cancels requests without waiting; their generators still have to close.
         cancelled = [task for task in self._server.server_state.tasks if not task.done()]
