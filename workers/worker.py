@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,7 @@ from workers.transfer.acquaintance import Acquaintance, Neighbours
 from workers.transfer.doorway import Doorway
 from workers.transfer.fail_points import fail_points
 from workers.transfer.link import MeetingPlace
+from workers.transfer.nixl import NixlAgent
 from workers.transfer.receiving import Receiver
 from workers.transfer.sending import Sender
 from workers.transfer.shared_arena import SharedArena
@@ -93,6 +95,7 @@ class Worker:
         self._broken: asyncio.Future[BaseException] = self._loop.create_future()
         self._arena: SharedArena | None = None
         self._doorway: Doorway | None = None
+        self._nixl: NixlAgent | None = None
         self._roles: Roles
         self._acquaintance: Acquaintance
         self._offer: KvOffer
@@ -119,8 +122,9 @@ class Worker:
             layout=self._roles.engine.layout,
             device=self.spec.device,
             mapped=self._doorway.address if self._doorway else "",
+            nixl=self._nixl.offer if self._nixl else None,
         )
-        self._acquaintance = Acquaintance(self.spec, self._roles.engine.layout, self._neighbours)
+        self._acquaintance = Acquaintance(self.spec, self._roles.engine.layout, self._neighbours, self._nixl)
         return self.info
 
     async def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
@@ -351,11 +355,15 @@ class Worker:
             return None
         try:
             self._arena = SharedArena(layout, blocks, device)
-        except (ImportError, OSError) as error:  # no CuPy beside a GPU; no memory files
+            if self.spec.link == "nixl":
+                # Other incarnations of this name must not be mistaken for it.
+                name = f"{self.spec.id}.{self.spec.epoch}.{os.getpid()}.{secrets.token_hex(4)}"
+                self._nixl = NixlAgent(name, self._arena, self.spec.lease_seconds)
+        except (ImportError, OSError) as error:  # no CuPy beside a GPU, no NIXL; no memory files
             if self.spec.link != "auto":
                 raise InvalidRequest(
-                    f"kv.link = {self.spec.link} needs KV memory that others can map, and {error}: set it to auto, or "
-                    "install diptych[cuda]",
+                    f"kv.link = {self.spec.link} needs KV memory that others can read, and {error}: set it to auto, or "
+                    "install diptych[nixl] for nixl, diptych[cuda] for mapped on GPUs",
                     param="kv.link",
                 ) from error
             return None

@@ -135,12 +135,15 @@ class Kv(Section):
     memory: Memory = "auto"
     """Of each worker's cache: auto, bytes, or a size like 512MiB."""
     link: Annotated[
-        Literal["auto", "loopback", "mapped", "gloo", "nccl"],
+        Literal["auto", "loopback", "mapped", "nixl", "gloo", "nccl"],
         _honoured(
-            "auto, mapped, gloo or nccl", "it needs both roles in one process, and each worker has its own", "loopback"
+            "auto, mapped, nixl, gloo or nccl",
+            "it needs both roles in one process, and each worker has its own",
+            "loopback",
         ),
     ] = "auto"
-    """auto is mapped between workers that can map each other's memory, nccl between other GPUs, else gloo."""
+    """auto is mapped between workers that can map each other's memory, nccl between other GPUs, else gloo.
+    nixl needs the nixl package."""
     wire: Literal["native", "int8", "fp8_e4m3"] = "native"
     """Number format of blocks on their way over gloo and nccl; a mapped block is read as it is."""
     verify: Verify = "sample"

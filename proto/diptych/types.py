@@ -26,7 +26,7 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
-LinkKind: TypeAlias = Literal["loopback", "mapped", "gloo", "nccl"]
+LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""
 Verify: TypeAlias = Literal["off", "sample", "all"]
@@ -303,6 +303,23 @@ class KvSource:
     heads: int
     wire: Wire
 
+    def at(self, blocks: tuple[BlockId, ...]) -> KvSource:
+        """The same, of a copy that lies in other blocks."""
+        return replace(self, blocks=blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NixlOffer:
+    """Where NIXL finds a worker's arena."""
+
+    metadata: bytes
+    """Of its agent: how it is reached."""
+    arena: int
+    """Address of its first block."""
+    generations: int
+    """Address of the first block's generation, 8 bytes each."""
+    blocks: int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvOffer:
@@ -315,6 +332,7 @@ class KvOffer:
     device: str
     mapped: str = ""
     """The abstract Unix address where its arena may be had for reading; empty when it has none."""
+    nixl: NixlOffer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

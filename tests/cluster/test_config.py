@@ -111,7 +111,7 @@ def test_a_section_given_a_value_says_which_keys_it_has(tmp_path: Path) -> None:
         ("kv.lease_seconds", 0, "greater than 0"),
         ("kv.lease_seconds", "inf", "finite"),
         ("kv.block_size", 48, "16, 32, 64, 128 or 256"),
-        ("kv.link", "loopback", "auto, mapped, gloo or nccl works"),
+        ("kv.link", "loopback", "auto, mapped, nixl, gloo or nccl works"),
         ("kv.wire", "int4", "'native', 'int8' or 'fp8_e4m3'"),
         ("front.http", "localhost", "HOST:PORT"),
         ("front.http", "localhost:http", "HOST:PORT"),

@@ -12,7 +12,9 @@ from diptych.errors import TransferFailed
 from diptych.types import KvLayout, KvOffer, LinkKind, Wire, WorkerId, WorkerSpec
 from workers.transfer.doorway import enter
 from workers.transfer.legs import match_legs, narrower
+from workers.transfer.nixl import NixlAgent
 from workers.transfer.pairs import READS, Source
+from workers.transfer.read_link import View
 from workers.transfer.shared_arena import ArenaView, SharedArena
 
 
@@ -40,10 +42,13 @@ class Neighbours:
 class Acquaintance:
     """Of one worker with its peers."""
 
-    def __init__(self, spec: WorkerSpec, layout: KvLayout, neighbours: Neighbours) -> None:
+    def __init__(
+        self, spec: WorkerSpec, layout: KvLayout, neighbours: Neighbours, nixl: NixlAgent | None = None
+    ) -> None:
         self._spec = spec
         self._layout = layout
         self._neighbours = neighbours
+        self._nixl = nixl
 
     def source(self, offer: KvOffer) -> Source:
         """May take seconds. Raises LayoutMismatch, or TransferFailed when the link that was asked for can't be had."""
@@ -51,10 +56,13 @@ class Acquaintance:
         link, view = self._link(offer)
         return Source(offer=offer, link=link, wire=self._wire(offer, link), legs=legs, view=view)
 
-    def _link(self, offer: KvOffer) -> tuple[LinkKind, ArenaView | None]:
+    def _link(self, offer: KvOffer) -> tuple[LinkKind, View | None]:
         wanted = self._spec.link
         if wanted in ("gloo", "nccl"):
             return wanted, None
+        if wanted == "nixl":
+            assert self._nixl is not None, "a worker with this link starts with an agent"
+            return wanted, self._nixl.view(offer)
         if wanted != "mapped" and (view := self._neighbours.view(offer.worker, offer.epoch)):
             return "loopback", view
         if wanted == "loopback":

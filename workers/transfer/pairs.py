@@ -17,8 +17,7 @@ from diptych.types import KvLeg, KvOffer, KvParcel, LinkKind, PairAddress, Wire,
 from workers.transfer.checksum import Verifier
 from workers.transfer.link import Link, MeetingPlace, PairLink
 from workers.transfer.pair import ReceiverPair, SenderPair, Shipment
-from workers.transfer.read_link import ReadLink
-from workers.transfer.shared_arena import ArenaView
+from workers.transfer.read_link import ReadLink, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 MOST_PAIRS = 64
 """Each has a thread and, over gloo, two sockets: idle ones beyond this are closed."""
-READS: frozenset[LinkKind] = frozenset({"loopback", "mapped"})
+READS: frozenset[LinkKind] = frozenset({"loopback", "mapped", "nixl"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class Source:
     link: LinkKind
     wire: Wire
     legs: tuple[KvLeg, ...]
-    view: ArenaView | None
+    view: View | None
     """Its arena, for links that read."""
 
 
@@ -207,10 +206,10 @@ def _key(offer: KvOffer, leg: KvLeg, receiver: WorkerSpec) -> str:
     return f"{offer.worker}.{offer.epoch}/{leg.source}>{receiver.id}.{receiver.epoch}/{leg.target}"
 
 
-def _link(spec: WorkerSpec, kind: LinkKind, side: str, view: ArenaView | None) -> Link:
+def _link(spec: WorkerSpec, kind: LinkKind, side: str, view: View | None) -> Link:
     if kind in READS:
 
-        def enter() -> ArenaView:
+        def enter() -> View:
             assert view is not None, "a link that reads was chosen without anything to read"
             return view
 

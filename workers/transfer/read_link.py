@@ -1,6 +1,6 @@
 """A link that reads: the receiver copies the sender's leased blocks out of the sender's own arena.
 
-Loopback within a process, a mapping between two on one machine. The sender does nothing and
+Loopback within a process, a mapping between two on one machine, NIXL between any two. The sender does nothing and
 nobody writes into another's memory: a process that was stopped in the middle of a copy, and goes on
 after its lease, harms nobody. As with a seqlock the copy counts if the blocks' generations are,
 after it, what the sender promised: they change before anything else is written there.
@@ -8,28 +8,36 @@ after it, what the sender promised: they change before anything else is written 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import torch
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from diptych.errors import TransferFailed
-from diptych.types import KvParcel, KvSource, PairAddress
-from workers.engine.kv_memory import read_granules
+from diptych.types import BlockId, KvParcel, KvSource, PairAddress
 from workers.transfer.link import MeetingPlace
-from workers.transfer.shared_arena import ArenaView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+class View(Protocol):
+    """A sender's arena, as a receiver sees it. Both raise TransferFailed when the sender can't be reached."""
+
+    def current(self, blocks: Sequence[BlockId]) -> tuple[int, ...] | None:
+        """Generations, now; None when there is no such block."""
+        ...
+
+    def read(self, source: KvSource, count: int) -> Tensor:
+        """A copy, as it would be packed for a wire: [bytes] uint8."""
+        ...
+
+
 class ReadLink:
     """Both ends of it: only the receiver's does anything."""
 
-    def __init__(self, enter: Callable[[], ArenaView]) -> None:
+    def __init__(self, enter: Callable[[], View]) -> None:
         """`enter` raises TransferFailed; it is called by the receiver alone, once."""
         self._enter = enter
-        self._view: ArenaView | None = None
+        self._view: View | None = None
         self._closed = False
 
     def open(self, address: PairAddress, place: MeetingPlace | None = None) -> None:
@@ -53,9 +61,7 @@ class ReadLink:
             raise TransferFailed(f"parcel {parcel.sequence} does not say where it lies")
         if not is_whole(source, view):
             return None
-        packed = read_granules(view.arena, source, parcel.count)
-        if packed.is_cuda:
-            torch.cuda.current_stream(packed.device).synchronize()
+        packed = view.read(source, parcel.count)
         return packed if is_whole(source, view) else None
 
     def close(self) -> None:
@@ -64,8 +70,6 @@ class ReadLink:
         self._view = None
 
 
-def is_whole(source: KvSource, view: ArenaView) -> bool:
-    return all(
-        block < len(view.generations) and view.generations[block] == generation
-        for block, generation in zip(source.blocks, source.generations, strict=True)
-    )
+def is_whole(source: KvSource, view: View) -> bool:
+    """Whether the blocks have not been taken for other content."""
+    return view.current(source.blocks) == source.generations

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from torch import Tensor
 
-from diptych.types import KvLayout
-from workers.engine.kv_memory import TORCH_DTYPE, KvMemory
+from diptych.types import BlockId, KvLayout, KvSource
+from workers.engine.kv_memory import TORCH_DTYPE, KvMemory, read_granules
 from workers.transfer import cuda_arena
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence
+    from collections.abc import MutableSequence, Sequence
 
 _PAGE: Final = 4096
 _F_SEAL_FUTURE_WRITE: Final = 0x0010
@@ -71,6 +71,8 @@ class SharedArena:
         finally:
             os.close(written)
         generations = cast("MutableSequence[int]", memoryview(memory)[: blocks * 8].cast("q"))
+        self.table: Final = torch.frombuffer(memory, dtype=torch.int64, count=blocks)
+        """The generations as a tensor, the same memory."""
         self.cuda_handle = b""
         if device.type == "cpu":
             arena = _tensor(memory, self.shape)
@@ -95,6 +97,19 @@ class ArenaView:
     def __init__(self, arena: Tensor, generations: Any) -> None:  # noqa: ANN401 (a sequence of numbers)
         self.arena: Final = arena
         self.generations: Final = generations
+
+    def current(self, blocks: Sequence[BlockId]) -> tuple[int, ...] | None:
+        """Generations, now; None when there is no such block."""
+        if not all(0 <= block < len(self.generations) for block in blocks):
+            return None
+        return tuple(self.generations[block] for block in blocks)
+
+    def read(self, source: KvSource, count: int) -> Tensor:
+        """A copy, as it would be packed for a wire: [bytes] uint8."""
+        packed = read_granules(self.arena, source, count)
+        if packed.is_cuda:
+            torch.cuda.current_stream(packed.device).synchronize()
+        return packed
 
     @classmethod
     def of_file(cls, file: int, shape: ArenaShape, cuda_handle: bytes) -> ArenaView:
