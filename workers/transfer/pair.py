@@ -19,7 +19,7 @@ from workers.transfer.link import Link, MeetingPlace
 if TYPE_CHECKING:
     from torch import Tensor
 
-Broken = Callable[[TransferFailed], None]
+Broken = Callable[[TransferFailed | OSError], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class SenderPair:
                     self._link.open(self.address)
                 self._link.send(shipment.content)
                 shipment.sent(parcel)
-        except TransferFailed as error:
+        except (TransferFailed, OSError) as error:  # OSError: too many open files
             self._link.close()
             self._on_broken(error)
 
@@ -124,6 +124,6 @@ class ReceiverPair:
                 while (parcel := announced.pop(expected, None)) is not None:
                     self._on_landed(parcel, self._link.receive(parcel))
                     expected += 1
-        except TransferFailed as error:
+        except (TransferFailed, OSError) as error:  # OSError: too many open files
             self._link.close()
             self._on_broken(error)
