@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -> Tensor:
+def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, out: Tensor | None = None) -> Tensor:
     """arena: [blocks, layers, 2, heads, block_size, head_dim] → [count * granule_bytes] uint8.
 
-    `heads` counts from the arena's first.
+    `heads` counts from the arena's first. `out`, of that size, is where the result may lie.
     """
     on = cpu if arena.device.type == "cpu" else reference
-    return on.pack_granules(arena, granules, heads, wire)
+    return on.pack_granules(arena, granules, heads, wire, out)
 
 
 def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed: Tensor) -> None:

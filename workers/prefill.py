@@ -166,7 +166,8 @@ class PrefillRole:
                 self._first_token(job, sampled)
         for sequence in result.plan.computing:
             if job := self._by_sequence.get(sequence):
-                self._touch(job)
+                if not job.outbound.on_the_way:  # else it is the link that has to move
+                    self._touch(job)
                 self._ship(job)
 
     def tick(self) -> None:

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -> Tensor:
+def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, out: Tensor | None = None) -> Tensor:
     """arena: [blocks, layers, 2, heads, block_size, head_dim] → [count * granule_bytes] uint8."""
     if not is_whole(arena, heads, wire):
         return reference.pack_granules(arena, granules, heads, wire)
     rows = _rows(arena)
-    packed = torch.empty((len(granules.blocks), rows.shape[1]), dtype=torch.uint8)
+    nbytes = len(granules.blocks) * rows.shape[1]
+    packed = torch.empty(nbytes, dtype=torch.uint8) if out is None else out
     # With any other mode `take` would fill a buffer of its own first.
-    np.take(rows, granules.blocks.numpy(), axis=0, out=packed.numpy(), mode="clip")
-    return packed.view(-1)
+    np.take(rows, granules.blocks.numpy(), axis=0, out=packed.numpy().reshape(-1, rows.shape[1]), mode="clip")
+    return packed
 
 
 def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed: Tensor) -> None:

@@ -45,11 +45,12 @@ def is_whole(arena: Tensor, heads: slice, wire: Wire) -> bool:
     return arena.shape[4] == GRANULE and all_heads and arena.dtype == _DTYPE[wire]
 
 
-def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire) -> Tensor:
+def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, out: Tensor | None = None) -> Tensor:
     """arena: [blocks, layers, 2, heads, block_size, head_dim] → [count * granule_bytes] uint8.
 
-    `heads` counts from the arena's first.
+    `heads` counts from the arena's first. `out`, of that size, is where the result may lie.
     """
+    del out
     if is_whole(arena, heads, wire):
         return arena.index_select(0, granules.blocks).view(-1).view(torch.uint8)
     # Indices apart from each other come first in the result: [count, layers, 2, heads, 16, head_dim].

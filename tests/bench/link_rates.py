@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, TCPStore
 from diptych.types import BlockId, KvLayout, KvParcel, KvSource, PairAddress, TransferId
 from tests.bench.results import Figure, figure
 from workers.engine.kv_memory import read_granules
+from workers.transfer.buffers import Buffers
 from workers.transfer.checksum import Verifier
 from workers.transfer.doorway import Doorway, enter
 from workers.transfer.link import MeetingPlace, PairLink
@@ -85,18 +86,25 @@ def rates() -> list[Figure]:
 
 def _mapped(pipe: Connection) -> list[Figure]:
     door = pipe.recv()
-    link = ReadLink(lambda: enter(door, SECRET, LAYOUT))
+    view, buffers = enter(door, SECRET, LAYOUT), Buffers()
+    link = ReadLink(lambda: view, buffers)
     link.open(PairAddress(host=HOST, port=1, key="k", epoch=1), MeetingPlace(HOST, TIMEOUT_SECONDS))
-    same = enter(door, SECRET, LAYOUT).arena.view(-1).view(torch.uint8)
-    assert same.sum() > 0  # every page is there
+    same = view.arena.view(-1).view(torch.uint8)
+    assert same.sum() > 0  # every page is there, as in a mapping that has been in use
+    landing = torch.zeros(chunk(0).nbytes, dtype=torch.uint8)
     parcels = [chunk(number) for number in range(RUNS)]
     nbytes = parcels[0].nbytes
     ends = [random.Random(number).randrange(nbytes, len(same)) for number in range(RUNS)]
 
     def plain(number: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8).copy_(same[ends[number] - nbytes : ends[number]])
+        return landing.copy_(same[ends[number] - nbytes : ends[number]])
 
-    return _compared("mapped / plain copy", nbytes, plain, lambda number: link.receive(parcels[number]))
+    def ours(number: int) -> None:
+        packed = link.receive(parcels[number])
+        assert packed is not None
+        buffers.give(packed)  # as a worker does when it has landed
+
+    return _compared("mapped / plain copy", nbytes, plain, ours)
 
 
 def _gloo(pipe: Connection) -> list[Figure]:
@@ -105,7 +113,8 @@ def _gloo(pipe: Connection) -> list[Figure]:
     pipe.send((place.port, address))
     raw = _raw_group(place.join(), 1)
     landed: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
-    link = PairLink("gloo", "receiver", HOST, CPU, TIMEOUT_SECONDS)
+    buffers = Buffers()
+    link = PairLink("gloo", "receiver", HOST, CPU, TIMEOUT_SECONDS, buffers)
     pair = ReceiverPair(link, address, 0, place, lambda _, packed: landed.put(packed), _fail)
     landing = torch.empty(chunk(0).nbytes, dtype=torch.uint8)
 
@@ -119,7 +128,9 @@ def _gloo(pipe: Connection) -> list[Figure]:
         for _ in range(IN_A_ROW):
             pair.expect(pipe.recv())
         for _ in range(IN_A_ROW):
-            landed.get(timeout=TIMEOUT_SECONDS)
+            packed = landed.get(timeout=TIMEOUT_SECONDS)
+            assert packed is not None
+            buffers.give(packed)
 
     found = _compared("gloo / raw gloo sends", IN_A_ROW * len(landing), raw_sends, ours)
     pipe.send(("end", 0))
@@ -153,6 +164,7 @@ def _sender(pipe: Connection) -> None:
     raw = _raw_group(TCPStore(HOST, port, is_master=False), 0)
     link = PairLink("gloo", "sender", HOST, CPU, TIMEOUT_SECONDS)
     pair = SenderPair(link, address, Verifier("off", SECRET), _fail)
+    buffers = Buffers()
     contiguous = torch.ones(chunk(0).nbytes, dtype=torch.uint8)
     room = threading.Semaphore(UNDER_WAY)
     while True:
@@ -164,16 +176,24 @@ def _sender(pipe: Connection) -> None:
                 raw.send([contiguous], 1, 0).wait()
             else:
                 room.acquire()
-                pair.ship(_shipment(owned, IN_A_ROW * number + each, pipe, room))
+                pair.ship(_shipment(owned, IN_A_ROW * number + each, pipe, room, buffers))
     pair.close()
     door.close()
 
 
-def _shipment(owned: SharedArena, number: int, pipe: Connection, room: threading.Semaphore) -> Shipment:
+def _shipment(
+    owned: SharedArena, number: int, pipe: Connection, room: threading.Semaphore, buffers: Buffers
+) -> Shipment:
     parcel = chunk(number)
     assert parcel.source is not None
-    packed = read_granules(owned.memory.arena, parcel.source, parcel.count)  # as the engine's thread does
-    return Shipment(parcel=parcel, content=lambda: packed, announce=pipe.send, sent=lambda _: room.release())
+    # As the engine's thread does.
+    packed = read_granules(owned.memory.arena, parcel.source, parcel.count, buffers.take(parcel.nbytes))
+
+    def sent(_: KvParcel) -> None:
+        buffers.give(packed)
+        room.release()
+
+    return Shipment(parcel=parcel, content=lambda: packed, announce=pipe.send, sent=sent)
 
 
 def _fail(error: Exception) -> None:

@@ -104,9 +104,9 @@ class Engine:
         sequence.accept(first_token)
         self.batcher.join(sequence)
 
-    def pack(self, source: KvSource, count: int) -> Tensor:
-        """`count` granules of these blocks: [bytes] uint8 in the wire's numbers."""
-        return read_granules(self.arena, source, count)
+    def pack(self, source: KvSource, count: int, out: Tensor | None = None) -> Tensor:
+        """`count` granules of these blocks: [bytes] uint8 in the wire's numbers, in `out` if it can be."""
+        return read_granules(self.arena, source, count, out)
 
     def unpack(
         self, blocks: SequenceOf[BlockId], first: int, count: int, leg: KvLeg, wire: Wire, packed: Tensor

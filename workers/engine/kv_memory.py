@@ -41,8 +41,8 @@ def locate_granules(arena: Tensor, blocks: Sequence[BlockId], first: int, count:
     return Granules(ids.to(arena.device), parts.to(arena.device))
 
 
-def read_granules(arena: Tensor, source: KvSource, count: int) -> Tensor:
-    """What `source` means, packed for its wire: [bytes] uint8 on the arena's device."""
+def read_granules(arena: Tensor, source: KvSource, count: int, out: Tensor | None = None) -> Tensor:
+    """What `source` means, packed for its wire: [bytes] uint8 on the arena's device, in `out` if it can be."""
     granules = locate_granules(arena, source.blocks, source.skip, count)
     heads = slice(source.first_head, source.first_head + source.heads)
-    return pack_granules(arena, granules, heads, source.wire)
+    return pack_granules(arena, granules, heads, source.wire, out)

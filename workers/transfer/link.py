@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 
 from diptych.errors import TransferFailed
 from diptych.types import KvParcel, LinkKind, PairAddress
+from workers.transfer.buffers import Buffers
 from workers.transfer.sockets import Address, Connections, close_all, connected, is_cut, listening, open_sockets
 
 Side = Literal["sender", "receiver"]
@@ -100,8 +101,17 @@ class Link(Protocol):
 class PairLink:
     """One direction between two workers: rank 0 sends, rank 1 receives."""
 
-    def __init__(self, kind: LinkKind, side: Side, host: str, device: torch.device, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        kind: LinkKind,
+        side: Side,
+        host: str,
+        device: torch.device,
+        timeout_seconds: float,
+        buffers: Buffers | None = None,
+    ) -> None:
         """`host` is this side's own address; `timeout_seconds` bounds every wait."""
+        self._buffers = buffers or Buffers()
         self._kind = kind
         self._side: Side = side
         self._host = host
@@ -141,7 +151,10 @@ class PairLink:
     def receive(self, parcel: KvParcel) -> Tensor:
         """The next bytes of the pair."""
         assert self._side == "receiver"
-        packed = torch.empty(parcel.nbytes, dtype=torch.uint8, device=self._device)
+        if self._device.type == "cpu":
+            packed = self._buffers.take(parcel.nbytes)
+        else:
+            packed = torch.empty(parcel.nbytes, dtype=torch.uint8, device=self._device)
         self._run(packed)
         return packed
 

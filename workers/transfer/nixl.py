@@ -101,8 +101,8 @@ class NixlView:
         self._agent.read(self._peer, [(self._nixl.generations + 8 * block, 8) for block in blocks], _HOST, table)
         return tuple(int(table[at].item()) for at in range(len(blocks)))
 
-    def read(self, source: KvSource, count: int) -> Tensor:
-        """As it would be packed for a wire: [bytes] uint8."""
+    def read(self, source: KvSource, count: int, out: Tensor) -> Tensor:
+        """As it would be packed for a wire: [bytes] uint8, in `out` if it can be."""
         layout = self._offer.layout
         size, on = layout.block_bytes, "cuda" if self._offer.device == "cuda" else "cpu"
         shape = (len(source.blocks), *layout.block_shape)
@@ -112,7 +112,7 @@ class NixlView:
             self._peer, [(self._nixl.arena + size * block, size) for block in source.blocks], kind, staging
         )
         numbers = tuple(BlockId(number) for number in range(len(source.blocks)))
-        return read_granules(staging, source.at(numbers), count)
+        return read_granules(staging, source.at(numbers), count, out)
 
 
 def _starts(pieces: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diptych.types import KvLeg, KvOffer, KvParcel, LinkKind, PairAddress, Wire, WorkerId, WorkerSpec
+from workers.transfer.buffers import Buffers
 from workers.transfer.checksum import Verifier
 from workers.transfer.link import Link, MeetingPlace, PairLink
 from workers.transfer.pair import ReceiverPair, SenderPair, Shipment
@@ -49,6 +50,7 @@ class ReceiverPairs:
         spec: WorkerSpec,
         place: MeetingPlace,
         post: Callable[..., None],
+        buffers: Buffers,
         *,
         landed: Callable[[KvParcel, Tensor | None], None],
         void: Callable[[PairAddress, str], None],
@@ -58,6 +60,7 @@ class ReceiverPairs:
         self._spec = spec
         self._place = place
         self._post = post
+        self._buffers = buffers
         self._landed = landed
         self._void = void
         self._in_use = in_use
@@ -116,7 +119,7 @@ class ReceiverPairs:
 
     def _end(self, source: Source, leg: KvLeg, address: PairAddress) -> ReceiverPair:
         return ReceiverPair(
-            _link(self._spec, source.link, "receiver", source.view),
+            _link(self._spec, source.link, "receiver", source.view, self._buffers),
             address,
             source.legs.index(leg),
             self._place,
@@ -138,10 +141,16 @@ class SenderPairs:
     """Of what leaves here."""
 
     def __init__(
-        self, spec: WorkerSpec, post: Callable[..., None], *, void: Callable[[PairAddress, str], None]
+        self,
+        spec: WorkerSpec,
+        post: Callable[..., None],
+        buffers: Buffers,
+        *,
+        void: Callable[[PairAddress, str], None],
     ) -> None:
         self._spec = spec
         self._post = post
+        self._buffers = buffers
         self._void = void
         self._verifier = Verifier(spec.verify, spec.secret)
         self._pairs: dict[str, SenderPair] = {}
@@ -162,7 +171,7 @@ class SenderPairs:
 
     def _end(self, link: LinkKind, address: PairAddress) -> SenderPair:
         return SenderPair(
-            _link(self._spec, link, "sender", None),
+            _link(self._spec, link, "sender", None, self._buffers),
             address,
             self._verifier,
             lambda error: self._post(self.retire, (address,), str(error)),
@@ -209,13 +218,13 @@ def _key(offer: KvOffer, leg: KvLeg, receiver: WorkerSpec) -> str:
     return f"{offer.worker}.{offer.epoch}/{leg.source}>{receiver.id}.{receiver.epoch}/{leg.target}"
 
 
-def _link(spec: WorkerSpec, kind: LinkKind, side: str, view: View | None) -> Link:
+def _link(spec: WorkerSpec, kind: LinkKind, side: str, view: View | None, buffers: Buffers) -> Link:
     if kind in READS:
 
         def enter() -> View:
             assert view is not None, "a link that reads was chosen without anything to read"
             return view
 
-        return ReadLink(enter)
+        return ReadLink(enter, buffers)
     end = "sender" if side == "sender" else "receiver"
-    return PairLink(kind, end, spec.host, torch.device(spec.device), spec.lease_seconds)
+    return PairLink(kind, end, spec.host, torch.device(spec.device), spec.lease_seconds, buffers)

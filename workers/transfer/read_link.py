@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from diptych.errors import TransferFailed
 from diptych.types import BlockId, KvParcel, KvSource, PairAddress
+from workers.transfer.buffers import Buffers
 from workers.transfer.link import MeetingPlace
 
 if TYPE_CHECKING:
@@ -26,17 +27,18 @@ class View(Protocol):
         """Generations, now; None when there is no such block."""
         ...
 
-    def read(self, source: KvSource, count: int) -> Tensor:
-        """A copy, as it would be packed for a wire: [bytes] uint8."""
+    def read(self, source: KvSource, count: int, out: Tensor) -> Tensor:
+        """A copy, as it would be packed for a wire: [bytes] uint8, in `out` if it can be."""
         ...
 
 
 class ReadLink:
     """Both ends of it: only the receiver's does anything."""
 
-    def __init__(self, enter: Callable[[], View]) -> None:
+    def __init__(self, enter: Callable[[], View], buffers: Buffers | None = None) -> None:
         """`enter` raises TransferFailed; it is called by the receiver alone, once."""
         self._enter = enter
+        self._buffers = buffers or Buffers()
         self._view: View | None = None
         self._closed = False
 
@@ -61,7 +63,7 @@ class ReadLink:
             raise TransferFailed(f"parcel {parcel.sequence} does not say where it lies")
         if not is_whole(source, view):
             return None
-        packed = view.read(source, parcel.count)
+        packed = view.read(source, parcel.count, self._buffers.take(parcel.nbytes))
         return packed if is_whole(source, view) else None
 
     def close(self) -> None:

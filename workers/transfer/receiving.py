@@ -14,6 +14,7 @@ from diptych.hashing import GRANULE, granules_per_block
 from diptych.types import BlockId, KvParcel, KvTicket, PairAddress, RequestId, TransferId, WorkerId, WorkerSpec
 from kernels import granule_bytes
 from workers.engine.engine import Engine
+from workers.transfer.buffers import Buffers
 from workers.transfer.checksum import Verifier
 from workers.transfer.link import MeetingPlace
 from workers.transfer.pairs import ReceiverPairs, Source
@@ -91,10 +92,11 @@ class Receiver:
         self._post = post
         self._verifier = Verifier(spec.verify, spec.secret)
         self._per_block = granules_per_block(engine.limits.block_size)
+        self._buffers = Buffers()
         self._inbound: dict[TransferId, Inbound] = {}
         self._sources: dict[WorkerId, Source | LayoutMismatch | TransferFailed] = {}
         self._pairs = ReceiverPairs(
-            spec, place, post, landed=self.landed, void=self._pair_void, in_use=self._addresses_in_use
+            spec, place, post, self._buffers, landed=self.landed, void=self._pair_void, in_use=self._addresses_in_use
         )
         self.counters: Final = ReceiverCounters()
 
@@ -204,6 +206,11 @@ class Receiver:
 
     def landed(self, parcel: KvParcel, packed: Tensor | None) -> None:
         """A parcel's bytes are here, in a buffer that is the ticket's alone; None: they were given away over there."""
+        self._take_in(parcel, packed)
+        if packed is not None:
+            self._buffers.give(packed)  # its link is done with it, and nothing of it is used any more
+
+    def _take_in(self, parcel: KvParcel, packed: Tensor | None) -> None:
         inbound = self._inbound.get(parcel.transfer)
         promise = inbound.promise if inbound else None
         if inbound is None or promise is None:

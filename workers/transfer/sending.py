@@ -11,6 +11,7 @@ from diptych.types import BlockId, KvLeg, KvParcel, KvSource, KvTicket, PairAddr
 from kernels import granule_bytes
 from workers.engine.engine import Engine
 from workers.peers import Effects
+from workers.transfer.buffers import Buffers
 from workers.transfer.pair import Shipment
 from workers.transfer.pairs import READS, SenderPairs
 from workers.transfer.states import State, Transfer
@@ -54,7 +55,8 @@ class Sender:
         self._post = post
         self._per_block = granules_per_block(engine.limits.block_size)
         self._outbound: dict[Transfer, Outbound] = {}
-        self._pairs = SenderPairs(spec, post, void=self._pair_void)
+        self._buffers = Buffers()
+        self._pairs = SenderPairs(spec, post, self._buffers, void=self._pair_void)
         self.counters: Final = SenderCounters()
 
     def accept(self, outbound: Outbound, ticket: KvTicket) -> None:
@@ -118,16 +120,18 @@ class Sender:
                 receiver, lambda peer: peer.expect(me, parcel), lambda answer: self._pairs.unheard(address, answer)
             )
 
+        # Over links that read they lie where they are read; packed here only for a checksum.
+        packed = None if ticket.link in READS else self._engine.pack(source, count, self._buffers.take(parcel.nbytes))
+
+        def content() -> Tensor:
+            return self._engine.pack(source, count) if packed is None else packed
+
         def sent(parcel: KvParcel) -> None:
+            if packed is not None:
+                self._buffers.give(packed)
             self._post(self._sent, outbound, parcel, len(source.blocks) if leg == 0 else 0)
 
-        return Shipment(parcel=parcel, content=self._content(ticket, source, count), announce=announce, sent=sent)
-
-    def _content(self, ticket: KvTicket, source: KvSource, count: int) -> Callable[[], Tensor]:
-        if ticket.link in READS:  # they lie where they are read; packed here only for a checksum
-            return lambda: self._engine.pack(source, count)
-        packed = self._engine.pack(source, count)
-        return lambda: packed
+        return Shipment(parcel=parcel, content=content, announce=announce, sent=sent)
 
     def _source(self, ticket: KvTicket, leg: KvLeg, blocks: Sequence[BlockId], first: int, count: int) -> KvSource:
         wanted = tuple(blocks[first // self._per_block : -(-(first + count) // self._per_block)])

@@ -104,9 +104,9 @@ class ArenaView:
             return None
         return tuple(self.generations[block] for block in blocks)
 
-    def read(self, source: KvSource, count: int) -> Tensor:
-        """A copy, as it would be packed for a wire: [bytes] uint8."""
-        packed = read_granules(self.arena, source, count)
+    def read(self, source: KvSource, count: int, out: Tensor) -> Tensor:
+        """A copy, as it would be packed for a wire: [bytes] uint8, in `out` if it can be."""
+        packed = read_granules(self.arena, source, count, out)
         if packed.is_cuda:
             torch.cuda.current_stream(packed.device).synchronize()
         return packed

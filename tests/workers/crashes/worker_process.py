@@ -23,7 +23,7 @@ from torch import Tensor
 from diptych.types import Counters, FrontId, KvSource, WorkerId, WorkerSpec
 from tests.workers.crashes.line import Line, answer
 from workers.engine_thread import Roles
-from workers.transfer import read_link
+from workers.transfer import shared_arena
 from workers.transfer.link import PairLink
 from workers.transfer.states import State, Transfer
 from workers.worker import Worker
@@ -137,7 +137,7 @@ class _Process:
 
 def _stop_in_copy() -> None:
     """Over gloo a sender that has begun to send, over a mapping a reader that has copied half."""
-    open_gloo, read = PairLink._open_gloo, read_link.read_granules
+    open_gloo, read = PairLink._open_gloo, shared_arena.read_granules
 
     def open_stopping(link: PairLink, store: Any) -> None:
         open_gloo(link, store)
@@ -146,7 +146,8 @@ def _stop_in_copy() -> None:
         for end in link._sockets:  # a parcel leaves in many pieces
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
-    def read_stopping(arena: Tensor, source: KvSource, count: int) -> Tensor:
+    def read_stopping(arena: Tensor, source: KvSource, count: int, out: Tensor | None = None) -> Tensor:
+        del out
         half = count // 2
         first = read(arena, source, half)
         stop_once()
@@ -154,7 +155,7 @@ def _stop_in_copy() -> None:
         return torch.cat([first, rest])
 
     PairLink._open_gloo = open_stopping  # type: ignore[method-assign]
-    read_link.read_granules = read_stopping
+    shared_arena.read_granules = read_stopping
 
 
 class _StopsInSend:

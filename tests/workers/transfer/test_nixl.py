@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from diptych.errors import InvalidRequest
+from diptych.types import WorkerSpec
+from workers.worker import Worker
 
 Make = Callable[..., Any]
 has_nixl = pytest.mark.skipif(find_spec("nixl") is None, reason="needs the nixl package: pip install diptych[nixl]")
@@ -58,10 +61,10 @@ def test_blocks_that_were_given_away_are_not_used(
 
 
 @pytest.mark.skipif(find_spec("nixl") is not None, reason="the nixl package is here")
-def test_without_the_package_a_worker_says_what_to_install(run: Make, pair: Make) -> None:
+def test_without_the_package_a_worker_says_what_to_install(run: Make, spec: WorkerSpec) -> None:
     async def test() -> None:
+        worker = Worker(replace(spec, link="nixl"))
         with pytest.raises(InvalidRequest, match=r"No module named 'nixl'.*install diptych\[nixl\]"):
-            async with pair(link="nixl"):
-                pytest.fail("it started")
+            await worker.start()
 
     run(test())
