@@ -8,6 +8,7 @@ token is placed again; later ones end in an error that says so.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ from cluster.front.patience import Patience
 from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
 from cluster.scheduler.costs import RequestShape
-from diptych.errors import InvalidRequest, ServingError, WorkerLost
+from diptych.errors import ServingError, WorkerLost
 from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
@@ -170,7 +171,7 @@ class Dispatcher:
     async def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
         root = tenant_root(self._identity.root, ask.tenant)
         request = Request(
-            id=ask.id,
+            id=_own_id(ask.id),
             front=self._identity.id,
             tokens=ask.tokens,
             granules=granule_hashes(ask.tokens, root),
@@ -180,9 +181,7 @@ class Dispatcher:
             priority=ask.priority,
             arrived=time.time(),
         )
-        if ask.id in self._inboxes:
-            raise InvalidRequest(f"a request {ask.id} is running here: give each its own id", param="request_id")
-        inbox = self._inboxes[ask.id] = Inbox(self._patience)
+        inbox = self._inboxes[request.id] = Inbox(self._patience)
         answer = _Answer(ask, self._text)
         finished = False
         try:
@@ -193,11 +192,11 @@ class Dispatcher:
                 if delta.tokens or finished:
                     yield delta
         finally:
-            placement = self._placed_on.pop(ask.id, None)
-            del self._inboxes[ask.id]
+            placement = self._placed_on.pop(request.id, None)
+            del self._inboxes[request.id]
             # An answer that ended by itself is over at the worker too; a stop string is only known here.
             if placement and not answer.ended_by_worker:
-                self._cancel(placement, ask.id, inbox.attempt)
+                self._cancel(placement, request.id, inbox.attempt)
 
     # ---- an attempt ---------------------------------------------------------------------------------------
 
@@ -264,6 +263,11 @@ class Dispatcher:
         task = asyncio.ensure_future(cancel())
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
+
+
+def _own_id(id: RequestId) -> RequestId:  # noqa: A002
+    """What workers call it. A caller may give an id again while they still speak for, or cancel, the one before."""
+    return RequestId(f"{id}~{secrets.token_hex(4)}")
 
 
 class _Answer:

@@ -65,6 +65,8 @@ class ReceiverPairs:
         self._void = void
         self._in_use = in_use
         self._pairs: dict[str, ReceiverPair] = {}
+        self._by_use: dict[str, None] = {}
+        """Keys of pairs, the one used last is last. Apart from them: `expect` has to find every pair at any moment."""
         self._senders: dict[str, WorkerId] = {}
         self._epochs: dict[str, int] = {}
 
@@ -83,7 +85,7 @@ class ReceiverPairs:
         for address in addresses:
             pair = self._pairs.get(address.key)
             if pair is not None and pair.address == address:
-                del self._pairs[address.key], self._senders[address.key]
+                del self._pairs[address.key], self._by_use[address.key], self._senders[address.key]
                 pair.close()
                 self._void(address, reason)
 
@@ -101,11 +103,12 @@ class ReceiverPairs:
 
     def _pair(self, source: Source, leg: KvLeg) -> ReceiverPair:
         key = _key(source.offer, leg, self._spec)
-        pair = self._pairs.pop(key, None)
+        pair = self._pairs.get(key)
         if pair is None:
             self._close_idle()
-            pair = self._open(source, leg, key)
-        self._pairs[key] = pair  # the one used last is last
+            pair = self._pairs[key] = self._open(source, leg, key)
+        self._by_use.pop(key, None)
+        self._by_use[key] = None
         return pair
 
     def _open(self, source: Source, leg: KvLeg, key: str) -> ReceiverPair:
@@ -128,9 +131,9 @@ class ReceiverPairs:
         if len(self._pairs) < MOST_PAIRS:
             return
         used = self._in_use()
-        for pair in tuple(self._pairs.values()):
-            if pair.address not in used:
-                self.retire((pair.address,), "it was idle for longest")
+        for address in [self._pairs[key].address for key in self._by_use]:
+            if address not in used:
+                self.retire((address,), "it was idle for longest")
                 return
 
 
