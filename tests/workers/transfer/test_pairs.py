@@ -14,6 +14,7 @@ from diptych.types import BlockId, KvLayout, KvOffer, KvParcel, KvSource, ModelS
 from kernels import granule_bytes
 from workers.engine.kv_memory import private_memory
 from workers.transfer.legs import match_legs
+from workers.transfer.buffers import Buffers
 from workers.transfer.link import MeetingPlace
 from workers.transfer.pairs import ReceiverPairs, Source
 from workers.transfer.shared_arena import ArenaView
@@ -58,6 +59,7 @@ def test_a_parcel_announced_at_any_moment_while_a_ticket_is_written_is_received(
         SPEC,
         MeetingPlace(HOST, WAIT_SECONDS),
         lambda what, *arguments: what(*arguments),
+        Buffers(),
         landed=lambda parcel, _: landed.put(parcel),
         void=lambda _, reason: pytest.fail(reason),
         in_use=set,
