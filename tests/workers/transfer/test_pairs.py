@@ -13,8 +13,8 @@ import torch
 from diptych.types import BlockId, KvLayout, KvOffer, KvParcel, KvSource, ModelSource, TransferId, WorkerId, WorkerSpec
 from kernels import granule_bytes
 from workers.engine.kv_memory import private_memory
-from workers.transfer.legs import match_legs
 from workers.transfer.buffers import Buffers
+from workers.transfer.legs import match_legs
 from workers.transfer.link import MeetingPlace
 from workers.transfer.pairs import ReceiverPairs, Source
 from workers.transfer.shared_arena import ArenaView
