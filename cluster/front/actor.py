@@ -59,6 +59,10 @@ class Ports(NamedTuple):
     grpc: int
 
 
+_TOLD_SHARE = 0.7
+"""Of the grace: what is left is for the last words to be written."""
+
+
 class FrontActor:
     """One front."""
 
@@ -114,7 +118,10 @@ class FrontActor:
         return Ports(self._http.port, grpc_port)
 
     async def close(self) -> None:
-        """No new requests; running ones have a grace, then they are cancelled."""
+        """No new requests; running ones have a grace, then they are told, and who does not listen is cut off."""
+        if self._dispatcher:
+            told_seconds = _TOLD_SHARE * self._spec.grace_seconds
+            asyncio.get_running_loop().call_later(told_seconds, self._dispatcher.fail_all)
         stopping = [server.stop(self._spec.grace_seconds) for server in [self._grpc] if server]
         await asyncio.gather(*stopping, *(server.stop() for server in [self._http] if server))
         if self._dispatcher:

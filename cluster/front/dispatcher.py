@@ -20,7 +20,7 @@ from cluster.front.patience import Patience
 from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
 from cluster.scheduler.costs import RequestShape
-from diptych.errors import ServingError, WorkerLost
+from diptych.errors import Draining, ServingError, WorkerLost
 from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
@@ -115,6 +115,11 @@ class Dispatcher:
             member = _Member(info, port, asyncio.ensure_future(self._read(worker, port)))
             self._members[worker] = member
             await asyncio.wait_for(member.opened.wait(), self._identity.patience_seconds)
+
+    def fail_all(self) -> None:
+        """Requests that still run hear that this front is going away."""
+        for request, inbox in self._inboxes.items():
+            inbox.fail(Draining(f"{request} was cut off: the front that it came through is stopping"))
 
     async def close(self) -> None:
         """Cancels what is under way and stops listening."""

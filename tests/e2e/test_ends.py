@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -10,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE, Popen
 from threading import Barrier
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import psutil
 import pytest
 
@@ -41,13 +43,17 @@ def terminate(process: Popen[str]) -> None:
 @pytest.mark.parametrize("ask_to_end", [control_c, terminate])
 def test_it_ends_with_nothing_left_while_it_answers(cluster: Start, ask_to_end: Callable[[Popen[str]], None]) -> None:
     shared = set(SHARED_MEMORY.iterdir())
-    with cluster("--model", "random:tiny") as running, ThreadPoolExecutor(STREAMS) as threads:
-        begun = Barrier(STREAMS + 1)
+    with cluster("--model", "random:tiny") as running, ThreadPoolExecutor(2 * STREAMS) as threads:
+        begun = Barrier(2 * STREAMS + 1)
         answers = [threads.submit(read, running, begun) for _ in range(STREAMS)]
+        http_ends = [threads.submit(read_http, running, begun) for _ in range(STREAMS)]
         begun.wait(WAIT_SECONDS)
         running.end(ask_to_end)
         for answer in answers:
             assert isinstance(answer.exception(WAIT_SECONDS), ServingError | ConnectionError), answer
+        for end in http_ends:
+            assert "is stopping" in end.result(WAIT_SECONDS)["error"]["message"]
+        assert "Traceback" not in running.log.read_text()
     assert set(SHARED_MEMORY.iterdir()) <= shared
 
 
@@ -77,6 +83,18 @@ def test_it_ends_at_once_while_it_starts(ask_to_end: Callable[[Popen[str]], None
         assert process.wait(END_SECONDS) == 0
         assert "stopped while starting" in process.stderr.read()
     assert not [one for one in everyone if one.is_running()]
+
+
+def read_http(cluster: Cluster, begun: Barrier) -> Any:
+    """The last event of a stream, after whatever came of the answer."""
+    body = {"model": "random:tiny", "prompt": "Once", "max_tokens": 7000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"http://{cluster.http}/v1/completions", json=body, timeout=WAIT_SECONDS) as response:
+        events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        last = next(events)
+        begun.wait(WAIT_SECONDS)
+        for event in events:
+            last = event if event != "[DONE]" else last
+    return json.loads(last)
 
 
 def read(cluster: Cluster, begun: Barrier) -> None:

@@ -140,6 +140,7 @@ def test_a_clone_runs_without_being_installed(source: Path, tmp_path: Path) -> N
     assert_homes(venv.run(venv.python, "-c", enter + PROBE, cwd=source), source)
 
 
+@pytest.mark.full
 def test_ray_job_submit_runs_the_tree_on_a_ray_without_diptych(source: Path, tmp_path: Path) -> None:
     """The driver gets the tree as its working directory; an actor finds all of it through `source_roots`."""
     venv = Venv(tmp_path / "venv")

@@ -57,7 +57,7 @@ class Port:
 
     async def outbox(self, front: FrontId) -> AsyncGenerator[tuple[Outgoing, ...], None]:
         async for items in self.worker.outbox(front):
-            self.served += [item.request for item in items if item.request not in self.served]
+            self.served = list(dict.fromkeys([*self.served, *(item.request for item in items)]))
             yield items
 
     async def note(self, report: Report) -> bool:
@@ -66,6 +66,13 @@ class Port:
 
     async def stop(self) -> None:
         assert await self.worker.stop()
+
+    def until_submitted(self, count: int) -> None:
+        """So many requests are on their way to the engine."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(self.requests) < count:
+            assert time.monotonic() < deadline, f"{len(self.requests)} of {count} requests came"
+            threading.Event().wait(0.01)
 
     def until(self, true: Callable[[Report], bool], what: str) -> None:
         """The worker says that it is so."""
@@ -135,6 +142,9 @@ def test_priorities_of_both_protocols_order_one_queue(house: House) -> None:
     with Client(house.target) as client, ThreadPoolExecutor() as threads:
         running = client.generate("hello", priority=9, **endless)
         next(running)
+        # Between two steps, until all are here: the first one must not end before.
+        gate = threading.Event()
+        house.port.worker._engine.post(gate.wait, WAIT_SECONDS)
         calls = []
         for waiting, (send, fields) in enumerate(
             [
@@ -147,7 +157,8 @@ def test_priorities_of_both_protocols_order_one_queue(house: House) -> None:
             ]
         ):
             calls.append(threads.submit(send, **fields))
-            house.port.until(lambda told, n=waiting + 1: told.load.waiting_requests == n, "the next one waits")
+            house.port.until_submitted(waiting + 2)
+        gate.set()
         running.close()
         for call in calls:
             call.result(WAIT_SECONDS)

@@ -38,8 +38,8 @@ def shown(what: str, counts: Counter[str]) -> None:
 def test_ten_thousand_histories_end_and_leave_every_block_free(
     play: Callable[..., int], kind: Any, tallies: Any
 ) -> None:
-    played = play(kind(faults=FAULTS), range(4000))
-    played += play(kind(faults=CANCELS, most_faults=4, armed=1.0), range(100_000, 102_000))
+    played = play(kind(faults=FAULTS), range(2200))
+    played += play(kind(faults=CANCELS, most_faults=4, armed=1.0), range(100_000, 101_800))
     played += play(
         kind(faults=("cancel",), armed=1.0, states=(("receiver", "landed"),), troubles=("late answer", "lost answer")),
         range(110_000, 111_000),
