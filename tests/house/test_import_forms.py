@@ -58,9 +58,10 @@ class Venv:
         self.packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
 
     def install(self, wheel: Path) -> None:
-        """Before `borrow`, so that pip can't meet the diptych installed elsewhere."""
+        """Before `borrow`, and without a PYTHONPATH, so that pip can't meet the diptych installed elsewhere."""
         pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps", "--no-index", wheel]
-        subprocess.run(pip, check=True, timeout=60, capture_output=True)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(pip, check=True, timeout=60, capture_output=True, env=environment)
 
     def borrow(self) -> None:
         """A .pth file inside the borrowed folder is not read: an editable install there stays unseen."""
