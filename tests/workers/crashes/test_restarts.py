@@ -104,7 +104,8 @@ def test_restarts_under_load_leave_nothing_behind(
             then, now = seen
             print(f"{link}, {side} restarted: {then} after {warm}, {now} after {restarts}")
             assert held(now) == held(then)
-            assert now.rss_bytes <= GROWTH * then.rss_bytes
+            # A few restarts are within the warm-up: there only a leak of whole arenas would show.
+            assert now.rss_bytes <= (GROWTH if restarts >= 100 else 1.1) * then.rss_bytes
             look = await survivor.settle()
             assert look.counters.leaked_blocks == 0
             print(f"{sum(len(steady.answers) for steady in steadies)} hand-offs of the other pair, none failed")
