@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from diptych.errors import Internal, LayoutMismatch, Rejected, ServingError, TransferFailed, WorkerLost
+from diptych.errors import Internal, LayoutMismatch, Rejected, ServingError, TransferFailed
 from diptych.hashing import granules_per_block
 from diptych.types import (
     Failure,
@@ -254,7 +254,8 @@ class DecodeRole:
             self._end(answer, str(done), tell_prefill=False)
             return
         if isinstance(done, ServingError):
-            self._recover(answer, State.FAILED, str(done), in_doubt=isinstance(done, WorkerLost))
+            # This word may overtake `transfer_failed`: whatever broke under a ticket, its pair is in doubt.
+            self._recover(answer, State.FAILED, str(done), in_doubt=True)
             return
         if done.first.finish:  # prefill spoke the first and last token
             self.counters.finished += 1
