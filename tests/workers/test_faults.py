@@ -256,6 +256,28 @@ def test_a_pair_that_only_the_sender_gave_up_is_rebuilt_without_waiting(
     run(test())
 
 
+@pytest.mark.parametrize("overtaken", ["transfer_failed", "run"])
+def test_a_pair_that_only_the_sender_knows_to_be_void_costs_one_hand_off(
+    run: Make, pair: Make, prompt: Make, request_for: Make, overtaken: str
+) -> None:
+    """Whichever of the two words of that comes first."""
+
+    async def test() -> None:
+        async with pair() as two:
+            await two.answers(request_for(prompt(100)))
+            await two.see(two.p, lambda roles: roles.sender._pairs.retire_receiver("d", "a test wants it"))
+            wire = two.to_d.before if overtaken == "transfer_failed" else two.to_p.after
+            wire[overtaken] = is_lost
+            first = request_for(prompt(120, seed=1))
+            await two.answers(first)
+            wire.clear()
+            second = request_for(prompt(140, seed=2))
+            await two.answers(second)
+            assert [two.front.served(each.id).how for each in (first, second)] == ["local", "remote"]
+
+    run(test())
+
+
 def test_no_room_for_one_hand_off_does_not_cost_another_its_pair(
     run: Make, pair: Make, prompt: Make, request_for: Make
 ) -> None:

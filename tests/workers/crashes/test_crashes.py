@@ -221,9 +221,8 @@ def test_either_side_at_each_fail_point(
                 await steady.go_on(STEADY_AT_LEAST)
                 await d.recover()
                 answers = await d.struck_answers()
-                if action == "stop":  # the first of either side may find out that the pair is void: it costs no wait
+                if action == "stop":  # the first may find out that the pair is void: it costs no wait
                     answers += await d.later_answers(100, None)
-                    answers += await d.later_answers(150, None)
                 answers += await d.later_answers(200, "remote")
         answers += steady.answers
         assert bench().answers(*(request for request, _ in answers)) == [said for _, said in answers]
