@@ -31,6 +31,15 @@ class RequestShape:
     """Names of the prompt's full 16-token granules, chained from the root of the cluster's model."""
     prompt_tokens: int
     max_tokens: int
+    priority: int = 0
+    """Lower goes first."""
+    tenant: str = ""
+    ttft_seconds: float | None = None
+    """The wish of its sender: the first token within so long of the arrival. None: the cluster's default."""
+    itl_seconds: float | None = None
+    """As `ttft_seconds`, of the mean time between tokens."""
+    deadline_seconds: float | None = None
+    """From the arrival: later than that nobody wants the answer."""
 
     @property
     def context(self) -> int:

@@ -101,7 +101,7 @@ class Request:
 
 
 class CostTerm(NamedTuple):
-    """One named part of a candidate's cost, in the scheduler's unit (tokens of prefill work)."""
+    """One named part of a candidate's cost, in seconds."""
 
     name: str
     value: float
@@ -122,6 +122,20 @@ class Candidate:
         return sum(term.value for term in self.terms)
 
 
+class Prediction(NamedTuple):
+    """What the scheduler expects of a placement, to be held against what comes about (`Outcome`)."""
+
+    wait_seconds: float
+    """Until the prompt's first token is computed: the queues before it."""
+    ttft_seconds: float
+    """From the placement to the first token."""
+    itl_seconds: float
+    """Mean, between the answer's tokens."""
+    cached_tokens: int
+    """Of the prompt, found in the cache of who computes it; fetched ones included."""
+    transfer_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where a request runs. A statement, not a reservation: it holds no block."""
@@ -134,6 +148,7 @@ class Placement:
     candidates: tuple[Candidate, ...] = ()
     prefix_from: WorkerId | None = None
     """Whose cache gives the prompt's prefix to who computes the rest; None when nobody's pays."""
+    predicted: Prediction | None = None
 
 
 # ---- what a client gets back -----------------------------------------------------------------
@@ -182,6 +197,22 @@ class Emission(NamedTuple):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With index 0, when asked for: of the prompt's tokens but the first."""
+
+
+class Outcome(NamedTuple):
+    """How a placement went: a front's word to the scheduler when the request ended."""
+
+    request: RequestId
+    queue_seconds: float
+    """From the front's question to the placement."""
+    ttft_seconds: float | None
+    """From the placement to the first token at the front; None when there was none."""
+    itl_seconds: float | None
+    """Mean, between tokens; None with fewer than two."""
+    tokens: int
+    served: Served | None
+    error: str = ""
+    """The error's class; empty when the answer is complete, "cancelled" when nobody wanted it any more."""
 
 
 class Failure(NamedTuple):
@@ -465,6 +496,33 @@ class Cleared(NamedTuple):
 KvEvent: TypeAlias = Stored | Evicted | Cleared
 
 
+class StepSample(NamedTuple):
+    """One engine step as it was measured, or the mean of several alike: what rates are learned from."""
+
+    steps: int
+    prompt_tokens: float
+    """Computed in the step."""
+    prompt_pairs: float
+    """Attention work of prompts: the sum over their tokens of the positions each one looks at."""
+    decode_rows: float
+    decode_context: float
+    """Sum over decoded sequences of their length in tokens."""
+    seconds: float
+    """Wall clock, from plan to tokens."""
+
+
+class TransferSample(NamedTuple):
+    """One hand-off as the receiver saw it."""
+
+    sender: WorkerId
+    link: LinkKind
+    nbytes: int
+    seconds: float
+    """From the first parcel's word to the last one's landing."""
+    exposed_seconds: float
+    """From prefill's last computed token to the commit: what was not hidden behind computing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A worker's load and what changed in its cache since its last report.
@@ -480,6 +538,9 @@ class Report:
     counters: Counters
     events: tuple[KvEvent, ...] = ()
     full: bool = False
+    steps: tuple[StepSample, ...] = ()
+    """Since the last report; a bounded number of samples stands for all steps."""
+    transfers: tuple[TransferSample, ...] = ()
 
 
 # ---- how a worker is made ------------------------------------------------------------------------
