@@ -1,27 +1,69 @@
 """The exact index of which worker holds which KV block. Knows names and workers, not load or time.
 
-One integer per block name is the set of its holders, a bit per worker. Following a prompt down
-its chain intersects these sets, so it costs the same for two workers as for two thousand.
+Names that were stored together and have the same holders are one run: an integer with a bit per
+worker says who holds them all. Following a prompt down its chain takes a step per run and
+intersects these sets, so it costs the same for two workers as for two thousand.
+
+A run takes part in a step of more than one block only if the prompt has the same names in the same
+order, so holes in a chain (a block evicted before those behind it) and reports in any order are
+answered exactly; they only take more steps.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
-from diptych.hashing import block_hashes
+from diptych.hashing import granules_per_block
 from diptych.types import BlockHash, Cleared, Evicted, KvEvent, Stored, WorkerId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
+
+_LONGEST_RUN = 128
+"""Blocks: what splitting a run may cost."""
+_SHRINK_BELOW = 8
+"""Tables are made anew when so many times smaller than they were: Python's only ever grow."""
+
+
+class Depth(NamedTuple):
+    """Workers that hold exactly so much of a prompt."""
+
+    tokens: int
+    holders: int
+    """A bit per slot."""
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    names: tuple[BlockHash, ...]
+    holders: int = 0
+    chained: bool = False
+    """A prompt had all of these in this order: two chains that agree in one name agree in all before it."""
+
+    def shared(self, names: Sequence[BlockHash], at: int) -> int:
+        """How many of this run's first blocks are `names[at:]`'s first; 1 where the first differ: the caller
+        found this run by that name."""
+        mine = self.names
+        if len(mine) == 1 or mine[0] != names[at]:
+            return 1
+        span = min(len(mine), len(names) - at)
+        if not self.chained:
+            shared = _common(mine, 0, names, at)
+            self.chained = shared == len(mine)
+            return shared
+        if mine[span - 1] == names[at + span - 1]:
+            return span
+        return bisect_left(range(span), True, key=lambda place: mine[place] != names[at + place])
 
 
 @dataclass(slots=True)
 class _Member:
     slot: int
     block_size: int
-    names: set[BlockHash] = field(default_factory=set[BlockHash])
+    runs: set[_Run] = field(default_factory=set[_Run])
     """The transpose of the index: what makes a worker's departure cost only what it held."""
 
 
@@ -29,7 +71,9 @@ class PrefixIndex:
     """Memory is proportional to what the workers hold: a name goes with its last holder."""
 
     def __init__(self) -> None:
-        self._holders: dict[BlockHash, int] = {}
+        self._runs: dict[BlockHash, _Run] = {}
+        self._most = 0
+        """Names at the most since the table was made."""
         self._members: dict[WorkerId, _Member] = {}
         self._workers: dict[int, WorkerId] = {}
         self._vacant: list[int] = []
@@ -38,7 +82,7 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         """Distinct block names."""
-        return len(self._holders)
+        return len(self._runs)
 
     def __contains__(self, worker: WorkerId) -> bool:
         return worker in self._members
@@ -48,18 +92,23 @@ class PrefixIndex:
         """Workers, with or without blocks."""
         return len(self._members)
 
-    def add(self, worker: WorkerId, block_size: int) -> None:
-        """A worker that holds nothing yet."""
+    def slot(self, worker: WorkerId) -> int:
+        """The worker's bit, as long as it is a member."""
+        return self._members[worker].slot
+
+    def add(self, worker: WorkerId, block_size: int) -> int:
+        """A worker that holds nothing yet; returns its slot, the lowest that is vacant."""
         assert worker not in self._members, f"{worker} is already in the index"
         slot = heappop(self._vacant) if self._vacant else len(self._workers)
         self._members[worker] = _Member(slot, block_size)
         self._workers[slot] = worker
         self._groups[block_size] = self._groups.get(block_size, 0) | 1 << slot
+        return slot
 
     def drop(self, worker: WorkerId) -> None:
         """The worker and all it held; its bit goes to the next newcomer."""
         member = self._members.pop(worker)
-        self._forget(member, tuple(member.names))
+        self._clear(member)
         del self._workers[member.slot]
         heappush(self._vacant, member.slot)
         self._groups[member.block_size] &= ~(1 << member.slot)
@@ -71,69 +120,149 @@ class PrefixIndex:
         member = self._members[worker]
         match event:
             case Stored(hashes):
-                self._learn(member, hashes)
+                self._learn(member, hashes if len(hashes) == 1 else tuple(dict.fromkeys(hashes)))
             case Evicted(hashes):
                 self._forget(member, hashes)
+                self._shrink()
             case Cleared():
-                self._forget(member, tuple(member.names))
+                self._clear(member)
             case _:
                 assert_never(event)
 
+    def depths(self, granules: Sequence[BlockHash]) -> list[Depth]:
+        """How far down a prompt's chain who holds whole blocks of it; who holds none is in none."""
+        found: list[Depth] = []
+        for block_size, group in self._groups.items():
+            stride = granules_per_block(block_size)
+            names = tuple(granules) if stride == 1 else tuple(granules[stride - 1 :: stride])
+            found += [Depth(blocks * block_size, holders) for blocks, holders in self._descend(names, group)]
+        return found
+
     def longest_prefix(self, granules: Sequence[BlockHash]) -> dict[WorkerId, int]:
         """Leading prompt tokens that each worker holds in whole blocks; absent where it is none."""
-        tokens: dict[WorkerId, int] = {}
-        for block_size, group in self._groups.items():
-            for blocks, holders in self._descend(block_hashes(granules, block_size), group):
-                tokens.update(dict.fromkeys(self._named(holders), blocks * block_size))
-        return tokens
+        return {worker: tokens for tokens, holders in self.depths(granules) for worker in self.named(holders)}
 
-    def _descend(self, names: Iterable[BlockHash], group: int) -> Iterator[tuple[int, int]]:
-        """(depth, the workers that hold exactly so many leading blocks), without depth 0."""
-        holders, depth = group, 0
-        for name in names:
-            deeper = holders & self._holders.get(name, 0)
-            if depth and deeper != holders:
-                yield depth, holders ^ deeper
-            holders = deeper
-            if not holders:
-                return
-            depth += 1
-        if depth:
-            yield depth, holders
-
-    def _named(self, holders: int) -> Iterator[WorkerId]:
+    def named(self, holders: int) -> Iterator[WorkerId]:
+        """The workers of a set."""
         while holders:
             lowest = holders & -holders
             yield self._workers[lowest.bit_length() - 1]
             holders ^= lowest
 
-    def _learn(self, member: _Member, names: Iterable[BlockHash]) -> None:
-        bit = 1 << member.slot
-        for name in names:
-            self._holders[name] = self._holders.get(name, 0) | bit
-            member.names.add(name)
+    def _descend(self, names: Sequence[BlockHash], holders: int) -> Iterator[tuple[int, int]]:
+        """(depth, the workers that hold exactly so many leading blocks), without depth 0."""
+        depth = 0
+        while depth < len(names) and (run := self._runs.get(names[depth])) is not None:
+            deeper = holders & run.holders
+            if depth and deeper != holders:
+                yield depth, holders ^ deeper
+            holders = deeper
+            if not holders:
+                return
+            depth += run.shared(names, depth)
+        if depth:
+            yield depth, holders
 
-    def _forget(self, member: _Member, names: Iterable[BlockHash]) -> None:
-        bit = 1 << member.slot
-        for name in names:
-            if name not in member.names:
+    # ---- what changes it -------------------------------------------------------------------------
+
+    def _learn(self, member: _Member, names: tuple[BlockHash, ...]) -> None:
+        at = 0
+        while at < len(names):
+            run = self._runs.get(names[at])
+            run = self._fresh(names, at) if run is None else self._part(run, names, at)
+            at += len(run.names)
+            if not run.holders >> member.slot & 1:
+                run.holders |= 1 << member.slot
+                member.runs.add(run)
+        if len(self._runs) > self._most:
+            self._most = len(self._runs)
+
+    def _forget(self, member: _Member, names: Sequence[BlockHash]) -> None:
+        at = 0
+        while at < len(names):
+            run = self._runs.get(names[at])
+            if run is None or not run.holders >> member.slot & 1:
+                at += 1
                 continue
-            member.names.remove(name)
-            others = self._holders[name] & ~bit
-            if others:
-                self._holders[name] = others
-            else:
-                del self._holders[name]
+            run = self._part(run, names, at)
+            at += len(run.names)
+            member.runs.discard(run)
+            self._release(run, member)
+
+    def _clear(self, member: _Member) -> None:
+        runs, member.runs = member.runs, set()
+        for run in runs:
+            self._release(run, member)
+        self._shrink()
+
+    def _release(self, run: _Run, member: _Member) -> None:
+        run.holders &= ~(1 << member.slot)
+        if not run.holders:
+            for name in run.names:
+                del self._runs[name]
+
+    def _fresh(self, names: tuple[BlockHash, ...], at: int) -> _Run:
+        """A run of the names from `at` on that nobody has yet."""
+        known, stop = self._runs, at + 1
+        end = min(len(names), at + _LONGEST_RUN)
+        while stop < end and names[stop] not in known:
+            stop += 1
+        run = _Run(names[at:stop])
+        for name in run.names:
+            known[name] = run
+        return run
+
+    def _part(self, run: _Run, names: Sequence[BlockHash], at: int) -> _Run:
+        """The stretch of the run that is `names[at:]`'s first, as a run of its own."""
+        mine, name = run.names, names[at]
+        if len(mine) == 1:
+            return run
+        start = 0 if mine[0] == name else len(mine) - 1 if mine[-1] == name else mine.index(name)
+        count = _common(mine, start, names, at)
+        if start:
+            _, run = self._split(run, start)
+        if count < len(run.names):
+            run, _ = self._split(run, count)
+        return run
+
+    def _split(self, run: _Run, at: int) -> tuple[_Run, _Run]:
+        """Before and from `at`. The larger stays the same object: only names of the smaller are told anew."""
+        front, back = run.names[:at], run.names[at:]
+        moved, kept = (front, back) if len(front) < len(back) else (back, front)
+        new = _Run(moved, run.holders, run.chained)
+        run.names = kept
+        for name in moved:
+            self._runs[name] = new
+        for worker in self.named(run.holders):
+            self._members[worker].runs.add(new)
+        return (new, run) if moved is front else (run, new)
+
+    def _shrink(self) -> None:
+        if len(self._runs) * _SHRINK_BELOW < self._most:
+            self._runs = dict(self._runs)
+            self._most = max(len(self._runs), 1 << 10)
+            for member in self._members.values():
+                member.runs = set(member.runs)
 
     def check(self) -> None:
         """The two directions agree, no name is without a holder, no bit without a worker."""
-        told: dict[BlockHash, int] = {}
+        runs = set(self._runs.values())
+        assert {name: run for run in runs for name in run.names} == self._runs, "a name is in no run or in two"
+        assert sum(len(run.names) for run in runs) == len(self._runs), "a run has a name twice"
+        assert all(run.holders for run in runs), "a run without a holder"
         for member in self._members.values():
-            for name in member.names:
-                told[name] = told.get(name, 0) | 1 << member.slot
-        assert told == self._holders, "the index and what its workers hold differ"
+            held = {run for run in runs if run.holders >> member.slot & 1}
+            assert held == member.runs, "the index and what its workers hold differ"
         assert self._workers == {member.slot: worker for worker, member in self._members.items()}, "a bit is lost"
         assert sorted([*self._workers, *self._vacant]) == list(range(len(self._workers) + len(self._vacant)))
         for block_size, group in self._groups.items():
             workers = {worker for worker, member in self._members.items() if member.block_size == block_size}
-            assert workers == set(self._named(group)) != set(), f"the group of block size {block_size} is wrong"
+            assert workers == set(self.named(group)) != set(), f"the group of block size {block_size} is wrong"
+
+
+def _common(mine: Sequence[BlockHash], start: int, theirs: Sequence[BlockHash], at: int) -> int:
+    """Length of the stretch in which `mine[start:]` and `theirs[at:]` agree; their first do."""
+    span = min(len(mine) - start, len(theirs) - at)
+    if mine[start : start + span] == theirs[at : at + span]:
+        return span
+    return next(place for place in range(span) if mine[start + place] != theirs[at + place])

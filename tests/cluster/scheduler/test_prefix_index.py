@@ -125,12 +125,36 @@ class CountedName(bytes):
 
 
 @pytest.mark.parametrize("workers", [2, 64])
-def test_following_a_chain_looks_up_each_block_once_however_many_workers_hold_it(workers: int) -> None:
+def test_following_a_chain_looks_up_no_block_twice_however_many_workers_hold_it(workers: int) -> None:
     index = PrefixIndex()
     chain = granules("abcdefgh")
     for number in range(workers):
         index.add(WorkerId(str(number)), 16)
-        index.apply(WorkerId(str(number)), Stored(chain))
+        index.apply(WorkerId(str(number)), Stored(chain[: 4 + number % 2]))
+        index.apply(WorkerId(str(number)), Stored(chain[4:]))
     counted = [CountedName(name) for name in chain]
     assert len(index.longest_prefix([BlockHash(name) for name in counted])) == workers
-    assert [name.looked_up for name in counted] == [1] * len(chain)
+    assert sum(name.looked_up for name in counted) <= 3, "a step for each stretch that is stored alike"
+
+
+def test_chains_that_part_inside_what_was_stored_at_once_are_told_apart() -> None:
+    index = PrefixIndex()
+    index.add(A, 16)
+    index.apply(A, Stored(granules("abcdefgh")))
+    for asked in ("abcdefgh", "abcxyz", "a", "abcdefghi", "abcdefgx"):  # the first one shows that this is a chain
+        agreed = sum(mine == theirs for mine, theirs in zip("abcdefgh", asked, strict=False))
+        assert index.longest_prefix(granules(asked)) == {A: 16 * agreed}
+
+
+def test_blocks_that_leave_one_by_one_from_either_end_leave_nothing() -> None:
+    chain = granules("abcdefgh")
+    for order in (chain, chain[::-1], chain[1::2] + chain[::2]):
+        index = PrefixIndex()
+        for worker in (A, B):
+            index.add(worker, 16)
+            index.apply(worker, Stored(chain))
+        for worker in (A, B):
+            for name in order:
+                index.apply(worker, Evicted((name,)))
+                index.check()
+        assert len(index) == 0
