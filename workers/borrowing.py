@@ -69,8 +69,8 @@ class Borrower:
         )
         key = (request.id, attempt)
         loan = self._loans[key] = _Loan(inbound, names, had, then)
-        inbound.is_computed = True
         self._receiver.begin(inbound)
+        self._receiver.computed(inbound)  # long ago: all of the wait is the link's
         per_block = granules_per_block(size)
         try:
             ticket = self._receiver.promise(
@@ -126,6 +126,7 @@ class Borrower:
             pool.name(block, name, f"{transfer.id}/landed")
         pool.release(f"{transfer.id}/landed")
         self.blocks_borrowed += whole - loan.had
+        self._receiver.committed(loan.inbound)
         self._end(key, State.RELEASED)
         loan.then()
 

@@ -262,9 +262,8 @@ class DecodeRole:
             self._end(answer, "ended at its first token", tell_prefill=False)
             return
         handoff.done = done
-        handoff.inbound.is_computed = True
         answer.computed_elsewhere, answer.cached_elsewhere = done.computed_tokens, done.cached_tokens
-        self._receiver.touch(handoff.inbound)
+        self._receiver.computed(handoff.inbound)
         self._try_commit(answer)
 
     def _try_commit(self, answer: _Answer) -> None:
@@ -278,6 +277,7 @@ class DecodeRole:
         answer.blocks_received, answer.bytes_received = len(promise.generations), promise.nbytes
         self._effects.emit(answer.request.front, handoff.done.first)
         self._engine.join(answer.sequence, handoff.done.first.token)
+        self._receiver.committed(handoff.inbound)
         transfer = handoff.transfer.id
         self._effects.call(handoff.prefill, lambda peer: peer.committed(transfer))
         handoff.transfer.advance(State.RELEASED)

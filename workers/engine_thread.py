@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 import torch
 
-from diptych.types import Counters, FrontId, KvEvent, Load, Outgoing, Stored
+from diptych.types import Counters, FrontId, KvEvent, Load, Outgoing, StepSample, Stored, TransferSample
 from workers.borrowing import Borrower
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine
 from workers.lending import Lender
 from workers.prefill import PrefillRole
 from workers.report_pace import HEARTBEAT_SECONDS, ReportPace
+from workers.samples import StepSamples, fold_steps, latest_transfers, sample_of
 from workers.transfer.receiving import Receiver
 from workers.transfer.sending import Sender
 
@@ -36,6 +37,18 @@ class Snapshot:
     counters: Counters
     events: tuple[KvEvent, ...]
     full: bool
+    steps: tuple[StepSample, ...] = ()
+    transfers: tuple[TransferSample, ...] = ()
+
+    def after(self, before: Snapshot) -> Snapshot:
+        """One snapshot that says what the two did, when the first one was never told."""
+        return replace(
+            self,
+            events=self.events if self.full else before.events + self.events,
+            full=self.full or before.full,
+            steps=fold_steps(before.steps + self.steps),
+            transfers=latest_transfers(before.transfers + self.transfers),
+        )
 
 
 class Listener(Protocol):
@@ -84,6 +97,7 @@ class EngineThread:
         self._leaked = 0
         self._steps = 0
         self._cancel_steps_max = 0
+        self._samples = StepSamples()
 
     def start(
         self,
@@ -157,7 +171,9 @@ class EngineThread:
             roles.prefill.tick()
             roles.receiver.tick()
             roles.lender.tick()
+            began = time.perf_counter()
             plan = engine.plan()
+            sample = sample_of(plan, 0.0)
             roles.decode.before_step(plan)
             roles.prefill.before_step(plan)
             result = engine.execute(plan)
@@ -169,6 +185,8 @@ class EngineThread:
             before, finished = finished, roles.decode.counters.finished
             load_changed = bool(heard or plan.chunks or plan.granted or plan.preempted or finished != before)
             progress = bool(plan.decodes or plan.chunks or plan.granted or plan.preempted)
+            if plan.decodes or plan.chunks:
+                self._samples.add(sample._replace(seconds=time.perf_counter() - began))
             now, urgent = time.monotonic(), self._want_full
             if pace.is_due(now, load_changed=load_changed, progressed=progress, urgent=urgent):
                 listener.changed(self._snapshot(roles, audit=pace.settled))
@@ -194,7 +212,8 @@ class EngineThread:
         full, self._want_full = self._want_full, False
         if full:
             events = (Stored(engine.pool.snapshot()),)
-        return Snapshot(engine.load(), self._counters(roles, audit=audit), events, full)
+        counters, transfers = self._counters(roles, audit=audit), latest_transfers(roles.receiver.take_samples())
+        return Snapshot(engine.load(), counters, events, full, self._samples.take(), transfers)
 
     def _counters(self, roles: Roles, *, audit: bool) -> Counters:
         prefill, decode, engine = roles.prefill.counters, roles.decode.counters, roles.engine

@@ -39,10 +39,7 @@ class Reporter:
 
     def add(self, snapshot: Snapshot) -> None:
         """The engine's news."""
-        before = self._pending
-        if before is not None and not snapshot.full:
-            snapshot = type(snapshot)(snapshot.load, snapshot.counters, before.events + snapshot.events, before.full)
-        self._pending = snapshot
+        self._pending = snapshot if self._pending is None else snapshot.after(self._pending)
         self._wake.set()
 
     def close(self) -> None:
@@ -75,4 +72,6 @@ class Reporter:
             counters=news.counters,
             events=news.events,
             full=news.full,
+            steps=news.steps,
+            transfers=news.transfers,
         )

@@ -5,15 +5,27 @@ Knows tickets and blocks; not requests, and not what their KV is for.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from diptych.errors import LayoutMismatch, TransferFailed
 from diptych.hashing import GRANULE, granules_per_block
-from diptych.types import BlockId, KvParcel, KvTicket, PairAddress, RequestId, TransferId, WorkerId, WorkerSpec
+from diptych.types import (
+    BlockId,
+    KvParcel,
+    KvTicket,
+    PairAddress,
+    RequestId,
+    TransferId,
+    TransferSample,
+    WorkerId,
+    WorkerSpec,
+)
 from kernels import granule_bytes
 from workers.engine.engine import Engine
+from workers.samples import TRANSFER_SAMPLES
 from workers.transfer.buffers import Buffers
 from workers.transfer.checksum import Verifier
 from workers.transfer.link import MeetingPlace
@@ -41,8 +53,12 @@ class Inbound:
         self.failed: Final = failed
         self.promise: Promise | None = None
         self.deadline = float("inf")
-        self.is_computed = False
-        """The sender's engine has done its part: what is missing is the link's."""
+        self.computed_at: float | None = None
+        """Since when the sender's engine has done its part: what is missing is the link's."""
+        self.began_at: float | None = None
+        """The first parcel's word."""
+        self.landed_at: float | None = None
+        """The latest parcel's landing."""
 
     @property
     def is_complete(self) -> bool:
@@ -98,6 +114,7 @@ class Receiver:
         self._pairs = ReceiverPairs(
             spec, place, post, self._buffers, landed=self.landed, void=self._pair_void, in_use=self._addresses_in_use
         )
+        self._samples: deque[TransferSample] = deque(maxlen=TRANSFER_SAMPLES)
         self.counters: Final = ReceiverCounters()
 
     # ---- peers -----------------------------------------------------------------------------------------------
@@ -169,8 +186,34 @@ class Receiver:
 
     def touch(self, inbound: Inbound) -> None:
         """Something moved. The lease only runs while the next move is the link's or the peer's engine's."""
-        if inbound.is_computed or inbound.transfer.state is State.SENDING:
+        if inbound.computed_at is not None or inbound.transfer.state is State.SENDING:
             inbound.deadline = self._clock.now() + self._spec.lease_seconds
+
+    def computed(self, inbound: Inbound) -> None:
+        """The sender's engine has done its part."""
+        inbound.computed_at = self._clock.now()
+        self.touch(inbound)
+
+    def committed(self, inbound: Inbound) -> None:
+        """It is in use, and tells how fast its link was. Who needed nothing sent learned nothing."""
+        promise, began, landed, computed = inbound.promise, inbound.began_at, inbound.landed_at, inbound.computed_at
+        if promise is None or began is None or landed is None or computed is None:
+            return
+        self._samples.append(
+            TransferSample(
+                sender=inbound.sender,
+                link=promise.ticket.link,
+                nbytes=promise.nbytes,
+                seconds=landed - began,
+                exposed_seconds=self._clock.now() - computed,
+            )
+        )
+
+    def take_samples(self) -> tuple[TransferSample, ...]:
+        """Of the latest hand-offs that were committed since; told once."""
+        samples = tuple(self._samples)
+        self._samples.clear()
+        return samples
 
     def end(self, inbound: Inbound, *, in_doubt: bool = False, reason: str = "") -> None:
         """Nothing lands for it any more. `in_doubt`: whatever broke under it, its pairs are rebuilt."""
@@ -202,6 +245,8 @@ class Receiver:
         if inbound is None or inbound.transfer.state not in (State.GRANTED, State.SENDING):
             return  # it is over, or said twice
         inbound.transfer.advance(State.SENDING)
+        if inbound.began_at is None:
+            inbound.began_at = self._clock.now()
         self.touch(inbound)
 
     def landed(self, parcel: KvParcel, packed: Tensor | None) -> None:
@@ -224,6 +269,7 @@ class Receiver:
             self._fail(inbound, State.FAILED, problem)
             return
         self._land(promise, parcel, packed)
+        inbound.landed_at = self._clock.now()
         self.touch(inbound)
         if inbound.is_complete:
             inbound.transfer.advance(State.LANDED)
