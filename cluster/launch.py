@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cluster.front.actor import Ports
 
 T = TypeVar("T")
-_GRACE_SECONDS = 3
+_UNDO_SECONDS = 3
 _JOB_GRACE_SECONDS = 1
 """`ray job stop` kills after 3 s, and stopping takes some of them."""
 _WILDCARDS = ("0.0.0.0", "::")
@@ -79,7 +79,7 @@ async def _with_ray(config: Config, address: str | None, source: ModelSource, jo
     session = open_ray(address, debug=config.log.level == "debug")
     stopping = _on_signals()  # after Ray, which sets its own
     journal.say(f"joined the Ray at {session.address}" if session.joined else "Ray is up")
-    site = _site(session, source)
+    site = _site(config, session, source)
     try:
         return await (_detach if detach else _serve)(config, site, session, stopping, journal)
     except Stopped:
@@ -118,7 +118,8 @@ async def _detach(config: Config, site: Site, session: RaySession, stopping: asy
     return 0
 
 
-def _site(session: RaySession, source: ModelSource) -> Site:
+def _site(config: Config, session: RaySession, source: ModelSource) -> Site:
+    grace = config.cluster.grace_seconds
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return Site(
         model=source,
@@ -129,7 +130,7 @@ def _site(session: RaySession, source: ModelSource) -> Site:
         host="" if session.joined else "127.0.0.1",
         node=session.node,
         joined=session.joined,
-        grace_seconds=_JOB_GRACE_SECONDS if in_job else _GRACE_SECONDS,
+        grace_seconds=min(grace, _JOB_GRACE_SECONDS) if in_job else grace,
     )
 
 
@@ -144,7 +145,7 @@ async def _unless(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     finally:
         working.cancel()
         stop.cancel()
-        await asyncio.wait({working, stop}, timeout=_GRACE_SECONDS)  # it may have something to undo
+        await asyncio.wait({working, stop}, timeout=_UNDO_SECONDS)  # it may have something to undo
 
 
 def _announce(config: Config, session: RaySession, fronts: Iterable[Ports]) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from cluster.config.values import Address, parse_address, parse_size
+from cluster.config.values import Address, parse_address, parse_labels, parse_size
 from diptych.hashing import granules_per_block
-from diptych.types import ModelDtype, Verify
+from diptych.types import ModelDtype, Role, Verify
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -35,6 +35,10 @@ def _not_bool(value: object) -> object:
 
 def _address(text: str) -> str:
     return str(parse_address(text))
+
+
+def _labels(text: str) -> str:
+    return ",".join(f"{key}={value}" for key, value in parse_labels(text).items())
 
 
 def _block_size(tokens: int) -> int:
@@ -86,6 +90,13 @@ class Pool(Section):
 
     workers: Count = 1
     """How many workers it starts with."""
+    labels: Annotated[str, AfterValidator(_labels)] = ""
+    """KEY=VALUE[,KEY=VALUE] that their nodes have (`ray start --labels`); a Ray of our own has none."""
+
+    @property
+    def node_labels(self) -> dict[str, str]:
+        """`labels`, taken apart."""
+        return parse_labels(self.labels)
 
 
 class Pools(Section):
@@ -94,6 +105,10 @@ class Pools(Section):
     prefill: Pool = Pool()
     decode: Pool = Pool()
     mixed: Pool = Pool(workers=0)
+
+    def of(self, role: Role) -> Pool:
+        """The one whose workers begin in this role."""
+        return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}[role]
 
     @model_validator(mode="after")
     def _can_serve(self) -> Pools:
@@ -168,6 +183,9 @@ class Engine(Section):
     """Sequences in one worker."""
     threads: Count = 0
     """CPU threads of each worker's engine; 0 shares the cores out."""
+    gpus: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 0.0
+    """GPUs of each worker, 0.5 for a half; 0 shares out those that Ray has when it is asked: where nodes come later,
+    say it."""
 
 
 class Cluster(Section):
@@ -177,6 +195,8 @@ class Cluster(Section):
     """What a detached cluster is called: `diptych status --name`, `diptych stop --name`."""
     room_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 60.0
     """How long a Ray that isn't ours may take to find room for a worker; an autoscaler may need minutes."""
+    grace_seconds: Count = 3
+    """How long answers under way may go on when the cluster is told to stop; in a Ray job at most 1."""
 
 
 class Log(Section):

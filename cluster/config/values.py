@@ -1,4 +1,4 @@
-"""Values with a syntax of their own: addresses and sizes of memory. Know no key."""
+"""Values with a syntax of their own: addresses, sizes of memory, labels of nodes. Know no key."""
 
 from __future__ import annotations
 
@@ -43,3 +43,11 @@ def parse_size(text: str) -> int:
     if match is None or unit is None:
         raise ValueError(f"{text!r} should be auto, a number of bytes, or a size like 512MiB or 2GB")
     return int(float(match[1]) * unit)
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """`role=prefill,zone=a` as `ray start --labels` takes it; raises ValueError."""
+    pairs = [part.strip().partition("=") for part in text.split(",")] if text.strip() else []
+    if any(not (key and value) or "=" in value for key, _, value in pairs):
+        raise ValueError(f"{text!r} should be KEY=VALUE, or several with commas between, like role=prefill")
+    return {key: value for key, _, value in pairs}

@@ -32,6 +32,11 @@ class Site:
     """How long answers under way may go on when the cluster is told to stop."""
 
 
+def stop_seconds(grace_seconds: int) -> int:
+    """The longest that a stop in order takes: fronts, workers, then their processes. Most take the grace or less."""
+    return 3 * grace_seconds + 10
+
+
 def device_of(config: Config, site: Site) -> Literal["cpu", "cuda"]:
     """`device`, with `auto` decided."""
     if config.device == "auto":
@@ -43,6 +48,8 @@ def gpu_share(config: Config, site: Site) -> float:
     """The part of a GPU that each worker has: as many share one as must."""
     if device_of(config, site) == "cpu" or not (site.gpus or site.joined):
         return 0.0
+    if config.engine.gpus:
+        return config.engine.gpus
     pools = config.pools
     workers = pools.prefill.workers + pools.decode.workers + pools.mixed.workers
     return 1.0 / max(1, math.ceil(workers / max(1.0, site.gpus)))

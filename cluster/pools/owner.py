@@ -14,7 +14,7 @@ from ray.actor import exit_actor
 from cluster.config import Config
 from cluster.front.actor import Ports
 from cluster.journal import Journal, Level
-from cluster.pools.members import Site
+from cluster.pools.members import Site, stop_seconds
 from cluster.pools.pools import Pools
 from cluster.terminal import Terminal
 
@@ -33,6 +33,8 @@ class Lease:
     http: tuple[str, ...]
     """HOST:PORT of each front; none while it starts."""
     grpc: tuple[str, ...]
+    stop_seconds: int
+    """The longest that `stop` may take."""
 
 
 class OwnerActor:
@@ -68,6 +70,7 @@ class OwnerActor:
             since=self._since,
             http=tuple(str(front.http_address._replace(port=ports.http)) for ports in self._ports),
             grpc=tuple(str(front.grpc_address._replace(port=ports.grpc)) for ports in self._ports),
+            stop_seconds=stop_seconds(self._site.grace_seconds),
         )
 
     async def status(self) -> ClusterStatus:

@@ -23,7 +23,7 @@ from cluster.pools.listeners import Listeners
 from cluster.pools.members import Site, device_of, first_members, front_addresses
 from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
-from cluster.pools.room import wait_room
+from cluster.pools.room import Room, wait_room
 from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
 from diptych.errors import Internal, ServingError
 from diptych.types import ClusterStatus, WorkerId, WorkerInfo
@@ -108,7 +108,8 @@ class Pools:
     # ---- workers ------------------------------------------------------------------------------------------
 
     async def _start_worker(self, worker: WorkerPart) -> None:
-        await wait_room(worker.handle, worker.spec.id, self._make.needs(worker.spec), self._room_seconds, self._say)
+        room = Room(self._make.needs(worker.spec), self._make.labels(worker.spec))
+        await wait_room(worker.handle, worker.spec.id, room, self._room_seconds, self._say)
         info: WorkerInfo = await answer(worker.handle.start.remote(), worker.spec.id)
         worker.info = info
         size = info.blocks * info.layout.block_bytes / 2**20

@@ -38,7 +38,7 @@ class Processes:
         self._site = site
 
     def worker(self, spec: WorkerSpec) -> Any:  # noqa: ANN401 (handles are untyped)
-        """On any node with room for it."""
+        """On any node with room for it and its pool's labels."""
         environment = {
             "OMP_NUM_THREADS": str(spec.threads),
             "MKL_NUM_THREADS": str(spec.threads),
@@ -46,12 +46,18 @@ class Processes:
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         }
         options = actor_options(environment) | self.needs(spec) | {"concurrency_groups": {CONTROL: _MANY_CALLS}}
+        if labels := self.labels(spec):
+            options |= {"label_selector": labels}
         return ray.remote(**options)(WorkerActor).remote(spec)  # pyright: ignore
 
     def needs(self, spec: WorkerSpec) -> dict[str, float]:
         """What a worker asks of Ray, as its options name it. A Ray of our own is as large as the machine."""
         cpus = float(spec.threads) if self._site.joined else 0.0
         return {"num_cpus": cpus, "num_gpus": gpu_share(self._config, self._site)}
+
+    def labels(self, spec: WorkerSpec) -> dict[str, str]:
+        """What its node must have. A Ray of our own is one node, without labels."""
+        return self._config.pools.of(spec.role).node_labels if self._site.joined else {}
 
     def scheduler(self) -> Any:  # noqa: ANN401
         """Where clients reach the cluster."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 
@@ -19,25 +19,33 @@ class NoRoom(ServingError):
     """Ray had no room for a process in time; the message says what was missing."""
 
 
+class Room(NamedTuple):
+    """What a process asks of its node."""
+
+    needs: Mapping[str, float]
+    """By the names of Ray's options."""
+    labels: Mapping[str, str]
+
+
 async def wait_room(
     handle: Any,  # noqa: ANN401 (handles are untyped)
     who: str,
-    needs: Mapping[str, float],
+    room: Room,
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
     """Until the process runs. Raises NoRoom after `seconds`."""
-    if too_large := _too_large(needs):
+    if too_large := _too_large(room):
         say(f"{who} waits for a node to be added: {too_large}")
     ready = asyncio.ensure_future(answer(handle.__ray_ready__.remote(), who))
     try:
         await asyncio.wait({ready}, timeout=min(_QUIET_SECONDS, seconds))
         if not ready.done() and not too_large:
-            say(f"{who} waits for room: {_state(needs)}")
+            say(f"{who} waits for room: {_state(room)}")
         await asyncio.wait_for(ready, max(0.0, seconds - _QUIET_SECONDS))
     except TimeoutError:
         raise NoRoom(
-            f"Ray had no room for {who} within {seconds:g} s: {_too_large(needs) or _state(needs)}. Add nodes, start "
+            f"Ray had no room for {who} within {seconds:g} s: {_too_large(room) or _state(room)}. Add nodes, start "
             "fewer workers, set engine.threads lower, or raise cluster.room_seconds for an autoscaler"
         ) from None
 
@@ -47,18 +55,30 @@ def _named(needs: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("num_").upper()[:3]: amount for name, amount in needs.items() if amount}
 
 
-def _too_large(needs: Mapping[str, float]) -> str:
+def _too_large(room: Room) -> str:
     """Why no node of this Ray could have it, however idle."""
-    wanted = _named(needs)
-    nodes = [cast("Mapping[str, float]", node["Resources"]) for node in ray.nodes() if node["Alive"]]  # pyright: ignore
+    wanted = _named(room.needs)
+    alive = cast("list[dict[str, Any]]", [node for node in ray.nodes() if node["Alive"]])  # pyright: ignore
+    nodes: list[Mapping[str, float]] = [node["Resources"] for node in alive if room.labels.items() <= _labels(node)]
+    if room.labels and not nodes:
+        return f"no node is labelled {_told(room.labels)} (`ray start --labels`)"
     if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
         return ""
     largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
-    return f"it needs {_amounts(wanted)} on one node, the most that one has is {_amounts(largest)}"
+    labelled = f" labelled {_told(room.labels)}" if room.labels else ""
+    return f"it needs {_amounts(wanted)} on one node{labelled}, the most that one has is {_amounts(largest)}"
 
 
-def _state(needs: Mapping[str, float]) -> str:
-    wanted = _named(needs)
+def _labels(node: Mapping[str, Any]) -> Any:  # noqa: ANN401 (a view of them)
+    return dict(node.get("Labels") or {}).items()
+
+
+def _told(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _state(room: Room) -> str:
+    wanted = _named(room.needs)
     free = cast("Mapping[str, float]", ray.available_resources())  # pyright: ignore
     total = cast("Mapping[str, float]", ray.cluster_resources())  # pyright: ignore
     if not wanted:

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.config import Config, Override, load
 from cluster.pools.members import Site, device_of, first_members, front_addresses, gpu_share
+from cluster.pools.processes import Processes
 from diptych.types import ModelSource
 
 
@@ -64,6 +65,21 @@ def test_without_a_gpu_none_is_asked_for_but_of_a_ray_that_may_grow() -> None:
     assert gpu_share(config(), site()) == 0.0
     assert gpu_share(config(device="cuda"), site()) == 0.0
     assert gpu_share(config(device="cuda"), site(joined=True)) > 0.0
+
+
+def test_a_gpu_share_that_is_set_is_not_worked_out() -> None:
+    told = config(engine__gpus=0.5, device="cuda")
+    assert gpu_share(told, site(8.0)) == gpu_share(told, site(joined=True)) == 0.5
+    assert gpu_share(config(engine__gpus=0.5, device="cpu"), site(8.0)) == 0.0
+
+
+def test_a_pools_labels_are_asked_of_a_ray_that_is_joined_and_of_none_of_our_own() -> None:
+    labelled = config(pools__decode__labels=" role=decode, zone=a")
+    [prefill, decode] = first_members(labelled, site())
+    joined = Processes(labelled, site(joined=True))
+    assert joined.labels(decode) == {"role": "decode", "zone": "a"}
+    assert joined.labels(prefill) == {}
+    assert Processes(labelled, site()).labels(decode) == {}
 
 
 def test_several_fronts_have_the_ports_that_follow_and_free_ones_stay_free() -> None:
