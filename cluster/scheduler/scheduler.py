@@ -5,17 +5,36 @@ Knows no Ray and no clock (callers say what time it is). Tokens and KV never pas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from cluster.scheduler.admission import CLASSES, Admission, AdmissionPolicy, ClassCounts, Turn, rank_of
+from cluster.scheduler.charges import Charges
 from cluster.scheduler.costs import Policy, RequestShape
-from cluster.scheduler.placement import place
+from cluster.scheduler.forecast import TokenForecast
+from cluster.scheduler.gate import NEVER, Gate
+from cluster.scheduler.placement import Decision, place
 from cluster.scheduler.view import ClusterView, Reported, TimePassed, WorkerJoined, WorkerLeft, WorkerView
-from diptych.errors import LayoutMismatch
-from diptych.types import ClusterStatus, KvLayout, ModelSource, Placement, Report, WorkerId, WorkerInfo, WorkerStatus
+from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingError
+from diptych.types import (
+    ClusterStatus,
+    KvLayout,
+    ModelSource,
+    Outcome,
+    Placement,
+    QueueStatus,
+    Report,
+    RequestId,
+    WorkerId,
+    WorkerInfo,
+    WorkerStatus,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_SOON_SECONDS = 0.001
+"""`next_turn` is at least so far away: a clock that just misses it must not spin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +46,12 @@ class SchedulerSpec:
     """All its workers and fronts are of this one build."""
     policy: Policy
     stale_seconds: float
-    """A worker silent for longer is not placed on until it reports again."""
+    """A worker silent for longer is not placed on until it reports again; without any for longer, nobody waits."""
+    admission: AdmissionPolicy = field(default_factory=AdmissionPolicy)
+    max_running: int | None = None
+    """Sequences that a worker takes on; None when it has no limit."""
+    report_seconds: float = 0.1
+    """Between a busy worker's reports, until that was seen."""
 
 
 class Scheduler:
@@ -36,6 +60,20 @@ class Scheduler:
     def __init__(self, spec: SchedulerSpec) -> None:
         self._spec = spec
         self._view = ClusterView(stale_seconds=spec.stale_seconds)
+        self._forecast = TokenForecast(self._view)
+        self._gate = Gate(
+            self._view,
+            self._forecast,
+            spec.policy.how,
+            max_running=spec.max_running,
+            report_seconds=spec.report_seconds,
+        )
+        self._admission = Admission(spec.admission)
+        self._charges = Charges(self._admission)
+        self._without_workers: float | None = None
+        """Since when nobody can be placed though somebody waits."""
+
+    # ---- workers ------------------------------------------------------------------------------------------
 
     def join(self, info: WorkerInfo, now: float) -> None:
         """Raises LayoutMismatch when the worker can't exchange KV with this cluster."""
@@ -46,22 +84,95 @@ class Scheduler:
     def leave(self, worker: WorkerId, epoch: int) -> None:
         """That incarnation is gone; a later one of the same name is not touched."""
         self._view.apply(WorkerLeft(worker=worker, epoch=epoch))
+        if worker not in self._view.workers:
+            self._forecast.forget(worker)
+            self._gate.forget(worker)
 
     def report(self, report: Report, now: float) -> bool:
         """Whether the worker's next report has to be a full one."""
+        before = self._view.workers.get(report.worker)
+        if before is not None and before.info.epoch == report.epoch and before.load.waiting_tokens:
+            self._forecast.learn(before, report, now)
+            self._gate.reported(report.worker, now - before.heard)
         self._view.apply(Reported(report=report, at=now))
         worker = self._view.workers.get(report.worker)
         return worker is not None and worker.info.epoch == report.epoch and worker.needs_full
 
-    def place(self, shape: RequestShape, now: float) -> Placement:
-        """Raises NoWorker or PromptTooLong. Counts against the workers until they next report."""
+    # ---- requests -----------------------------------------------------------------------------------------
+
+    def submit(self, shape: RequestShape, now: float) -> Placement | None:
+        """Its placement, or None: it waits, and `advance` will tell.
+
+        Raises Overloaded when it would wait in vain, NoWorker or PromptTooLong when nobody can take it.
+        """
         self._view.apply(TimePassed(at=now))
-        decision = place(self._view, shape, self._spec.policy)
-        self._view.apply(decision.placed)
-        return decision.placement
+        if self._admission.goes_first(shape):
+            rank = rank_of(shape.priority)
+            if (decision := self._open(shape, rank, now)) is not None:
+                self._admission.pass_by(shape, self._forecast.prefill_seconds(shape))
+                return self._placed(decision, shape, rank)
+        self._admission.add(shape, self._forecast.prefill_seconds(shape), now, self._assumed_rate)
+        turn = self._admission.next(now)
+        if turn is None or turn.waiting.shape.request != shape.request:
+            return None
+        try:
+            return self._take(turn, now)
+        except ServingError:
+            self._admission.withdraw(shape.request)
+            raise
+
+    def advance(self, now: float) -> list[tuple[RequestId, Placement | ServingError]]:
+        """Whose turn came, in order, and who leaves without: to be asked for after each report and at `next_turn`."""
+        gone: list[tuple[RequestId, Placement | ServingError]] = [
+            (waiting.shape.request, _too_late(waiting.shape)) for waiting in self._admission.expire(now)
+        ]
+        if self._admission:
+            self._view.apply(TimePassed(at=now))
+        while (turn := self._admission.next(now)) is not None:
+            request = turn.waiting.shape.request
+            try:
+                placement = self._take(turn, now)
+            except NoWorker as error:
+                if self._may_come_back(now):
+                    break
+                placement = error
+            except ServingError as error:
+                placement = error
+            if placement is None:
+                break
+            self._admission.withdraw(request)
+            gone.append((request, placement))
+        return gone
+
+    def next_turn(self, now: float) -> float | None:
+        """When `advance` has something to tell without any news; None when there is no such time."""
+        times: list[float] = []
+        if (deadline := self._admission.next_deadline) is not None:
+            times.append(deadline)
+        if (turn := self._admission.next(now)) is not None:
+            if self._without_workers is not None:
+                times.append(self._without_workers + self._spec.stale_seconds)
+            elif (wait := self._gate.wait_seconds(turn.waiting.shape, rank_of(turn.priority), now)) < NEVER:
+                times.append(now + wait)
+        return max(now + _SOON_SECONDS, min(times)) if times else None
+
+    def withdraw(self, request: RequestId, now: float) -> None:
+        """Nobody wants it any more: it waits no longer, if it did."""
+        self._admission.withdraw(request)
+
+    def finished(self, outcome: Outcome, now: float) -> None:
+        """A request that was placed is over."""
+        self._charges.settle(outcome)
+
+    def place(self, shape: RequestShape, now: float) -> Placement:
+        """Now, whoever waits. Raises NoWorker or PromptTooLong. Counts against the workers until they next report."""
+        self._view.apply(TimePassed(at=now))
+        return self._placed(place(self._view, shape, self._spec.policy), shape, rank_of(shape.priority))
+
+    # ---- seen ---------------------------------------------------------------------------------------------
 
     def status(self, now: float) -> ClusterStatus:
-        """All that is known of every worker that joined and didn't leave."""
+        """All that is known of every worker that joined and didn't leave, and of those who wait."""
         self._view.apply(TimePassed(at=now))
         return ClusterStatus(
             model=self._spec.model.name,
@@ -69,11 +180,54 @@ class Scheduler:
             workers=tuple(_status(worker, now) for worker in self._view.workers.values()),
             requests_placed=self._view.requests_placed,
             index_blocks=self._view.index_blocks,
+            queues=tuple(map(_queue_status, CLASSES, self._admission.counts(now))),
         )
 
     def check(self) -> None:
-        """The view states its own truth."""
+        """The view and the queues state their own truth."""
         self._view.check()
+        self._admission.check()
+
+    # ---- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def _assumed_rate(self) -> float:
+        """Seconds of work that all who compute prompts do in a second."""
+        return float(max(1, sum(worker.info.role != "decode" for worker in self._view.workers.values())))
+
+    def _take(self, turn: Turn, now: float) -> Placement | None:
+        """None when there is no room yet. Raises as `place` does."""
+        waiting, rank = turn.waiting, rank_of(turn.priority)
+        decision = self._open(waiting.shape, rank, now)
+        if decision is None:
+            return None
+        self._without_workers = None
+        self._admission.release(waiting, now)
+        placement = self._placed(decision, waiting.shape, rank)
+        return placement if turn.priority == waiting.shape.priority else replace(placement, priority=turn.priority)
+
+    def _open(self, shape: RequestShape, rank: int, now: float) -> Decision | None:
+        """Where it goes, if there is room."""
+        if self._gate.wait_seconds(shape, rank, now) <= 0:
+            return place(self._view, shape, self._spec.policy)
+        if not self._gate.may_go_elsewhere(shape, rank, now):
+            return None
+        decision = place(self._view, shape, self._spec.policy)
+        return decision if self._gate.excess_seconds(decision.placed.computes, rank, now) <= 0 else None
+
+    def _placed(self, decision: Decision, shape: RequestShape, rank: int) -> Placement:
+        placed = decision.placed
+        token_seconds = self._forecast.token_seconds()
+        self._gate.placed(placed.computes, rank, placed.tokens * token_seconds)
+        self._charges.placed(shape, placed.tokens * token_seconds, token_seconds)
+        self._view.apply(placed)
+        return decision.placement
+
+    def _may_come_back(self, now: float) -> bool:
+        """A worker that died comes back within seconds."""
+        if self._without_workers is None:
+            self._without_workers = now
+        return now - self._without_workers < self._spec.stale_seconds
 
     def _mismatches(self, info: WorkerInfo) -> Iterator[str]:
         spec = self._spec
@@ -92,6 +246,21 @@ class Scheduler:
 def _model(layout: KvLayout) -> tuple[int, int, int]:
     """Block sizes, numbers and shards can be bridged; this can't."""
     return layout.layers, layout.kv_heads, layout.head_dim
+
+
+def _too_late(shape: RequestShape) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the deadline passed while {shape.request} waited: {shape.deadline_seconds:g} s")
+
+
+def _queue_status(name: str, counts: ClassCounts) -> QueueStatus:
+    return QueueStatus(
+        name=name,
+        length=counts.length,
+        oldest_seconds=counts.oldest_seconds,
+        released=counts.released,
+        waited_seconds=counts.waited_seconds,
+        rejected=tuple(counts.rejected.items()),
+    )
 
 
 def _status(worker: WorkerView, now: float) -> WorkerStatus:

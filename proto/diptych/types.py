@@ -149,6 +149,8 @@ class Placement:
     prefix_from: WorkerId | None = None
     """Whose cache gives the prompt's prefix to who computes the rest; None when nobody's pays."""
     predicted: Prediction | None = None
+    priority: int | None = None
+    """What workers order it by, when not its own: it goes before more important ones by its class's least share."""
 
 
 # ---- what a client gets back -----------------------------------------------------------------
@@ -605,6 +607,19 @@ class WorkerStatus:
     report_age_seconds: float
 
 
+class QueueStatus(NamedTuple):
+    """Requests of one class of priority that wait for a placement. Totals only ever grow."""
+
+    name: str
+    length: int
+    oldest_seconds: float
+    released: int
+    waited_seconds: float
+    """Sum over those released."""
+    rejected: tuple[tuple[str, int], ...]
+    """By reason."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """What `diptych status`, `/metrics` and readiness are made of."""
@@ -615,3 +630,5 @@ class ClusterStatus:
     requests_placed: int
     index_blocks: int
     """Distinct block names in the prefix index."""
+    queues: tuple[QueueStatus, ...] = ()
+    """Of the scheduler, the most important class first."""
