@@ -26,6 +26,8 @@ from diptych.errors import (
     TransferFailed,
     WorkerLost,
 )
+from diptych.packing import packed_steps
+from diptych.token_line import TokenLineServer
 from diptych.types import (
     BlockHash,
     FrontId,
@@ -84,6 +86,9 @@ class Worker:
         self._engine = EngineThread(spec.id, spec.threads)
         self._calls = Calls(self._engine.post, spec.lease_seconds)
         self._outbox = Outbox(self.front_left)
+        self._line = TokenLineServer(spec.secret, lambda front: packed_steps(self._outbox.read(FrontId(front))))
+        self.token_line = ""
+        """Where fronts hear its tokens; empty when it could not listen."""
         self._reporter = Reporter(spec.id, spec.epoch, self._engine.request_full_report)
         self._arrivals = itertools.count()
         self._stopping = False
@@ -124,6 +129,8 @@ class Worker:
             mapped=self._doorway.address if self._doorway else "",
             nixl=self._nixl.offer if self._nixl else None,
         )
+        with suppress(OSError):  # fronts can do without it
+            self.token_line = await self._line.open(self.spec.host)
         self._acquaintance = Acquaintance(self.spec, self._roles.engine.layout, self._neighbours, self._nixl)
         return self.info
 
@@ -158,6 +165,7 @@ class Worker:
             self._doorway.close()
             self._arena.close()
         self._end(WorkerLost(f"{self.spec.id} stopped"))
+        await self._line.wait_told(_LAST_WORDS_SECONDS)
         return stopped
 
     async def wait_broken(self) -> BaseException:
@@ -175,6 +183,7 @@ class Worker:
                 future.set_exception(why)
         self._calls.close()
         self._reporter.close()
+        self._line.close()
         self._outbox.close()
 
     def _engine_broke(self, error: BaseException) -> None:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from cluster.front.tokenizer import TextModel
 
 _ATTEMPTS = 3
+_SILENCES = 2
+"""Streams of a worker that end without a token, one after the other, until it is given up."""
 _STATUS_SECONDS = 0.5
 """A status this young is served again."""
 
@@ -55,7 +57,9 @@ class WorkerPort(Protocol):
 
     async def owns(self, request: RequestId, attempt: int) -> bool: ...
 
-    def outbox(self, front: FrontId) -> AsyncIterator[tuple[Outgoing, ...]]: ...
+    def outbox(self, front: FrontId) -> AsyncIterator[tuple[Outgoing, ...]]:
+        """Begins with an empty word: what is submitted from now on will be heard. May end while the worker lives."""
+        ...
 
 
 class SchedulerPort(Protocol):
@@ -70,8 +74,9 @@ class SchedulerPort(Protocol):
 class _Member:
     info: WorkerInfo
     port: WorkerPort
-    reader: asyncio.Task[None]
     opened: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while it can be heard."""
+    reader: asyncio.Task[None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +117,8 @@ class Dispatcher:
                 continue
             if known:
                 self._forget(worker)
-            member = _Member(info, port, asyncio.ensure_future(self._read(worker, port)))
-            self._members[worker] = member
+            member = self._members[worker] = _Member(info, port)
+            member.reader = asyncio.ensure_future(self._read(worker, member))
             await asyncio.wait_for(member.opened.wait(), self._identity.patience_seconds)
 
     def fail_all(self) -> None:
@@ -129,7 +134,8 @@ class Dispatcher:
             await asyncio.wait(self._cancels, timeout=self._identity.patience_seconds)
 
     def _forget(self, worker: WorkerId) -> None:
-        self._members.pop(worker).reader.cancel()
+        if reader := self._members.pop(worker).reader:
+            reader.cancel()
         self._lost(worker)
 
     def _lost(self, worker: WorkerId) -> None:
@@ -138,13 +144,19 @@ class Dispatcher:
             if placement.decode == worker:
                 self._inboxes[request].fail(WorkerLost(f"{worker} was lost while it answered {request}"))
 
-    async def _read(self, worker: WorkerId, port: WorkerPort) -> None:
+    async def _read(self, worker: WorkerId, member: _Member) -> None:
         with suppress(ServingError):
-            async for items in port.outbox(self._identity.id):
-                self._members[worker].opened.set()
-                for item in items:
-                    if inbox := self._inboxes.get(item.request):
-                        inbox.put(item)
+            silences = 0
+            while silences < _SILENCES:  # a line may be cut while its worker lives
+                silences += 1
+                async for items in member.port.outbox(self._identity.id):
+                    member.opened.set()
+                    for item in items:
+                        silences = 0
+                        if inbox := self._inboxes.get(item.request):
+                            inbox.put(item)
+                member.opened.clear()
+                self._lost(worker)
         # A worker that isn't heard can't be asked: who is placed there would wait for ever.
         self._members.pop(worker).opened.set()
         self._lost(worker)
@@ -165,7 +177,7 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        return any(member.info.role != "prefill" for member in self._members.values())
+        return any(member.info.role != "prefill" and member.opened.is_set() for member in self._members.values())
 
     async def status(self) -> ClusterStatus:
         now = time.monotonic()
@@ -214,10 +226,8 @@ class Dispatcher:
         )
         while True:
             placement = await self._scheduler.place(shape)
-            member = self._members.get(placement.decode)
             try:
-                if member is None:
-                    raise WorkerLost(f"{placement.decode} is gone")
+                member = await self._heard(placement.decode)
                 self._placed_on[request.id] = placement
                 await member.port.submit(request, inbox.attempt, placement)
             except WorkerLost:
@@ -226,6 +236,16 @@ class Dispatcher:
                 self._again(inbox, request)
             else:
                 return
+
+    async def _heard(self, worker: WorkerId) -> _Member:
+        """Raises WorkerLost when it is gone. A line that was cut may be mended in a moment."""
+        member = self._members.get(worker)
+        if member:
+            with suppress(TimeoutError):
+                await self._patience.wait(member.opened.wait(), self._identity.patience_seconds)
+        if member is None or self._members.get(worker) is not member or not member.opened.is_set():
+            raise WorkerLost(f"{worker} is gone")
+        return member
 
     async def _next(self, request: Request, inbox: Inbox) -> list[Emission]:
         while True:

@@ -89,6 +89,7 @@ class Processes:
             log_level=self._config.log.level,
             log_prompts=self._config.log.prompts,
             grace_seconds=self._site.grace_seconds,
+            secret=self._site.secret,
         )
         options = actor_options() | here(self._site.node)
         return ray.remote(**options)(FrontActor).remote(spec)  # pyright: ignore

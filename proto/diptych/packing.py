@@ -7,12 +7,13 @@ item twice; bytes it copies. A step of 32 tokens is packed in 10 µs instead of 
 from __future__ import annotations
 
 import pickle
+from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
 from diptych.types import Emission, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from diptych.types import Outgoing
 
@@ -21,6 +22,13 @@ def packed(items: Sequence[Outgoing]) -> bytes:
     """Only for `unpacked`, of the same build."""
     rows = [tuple(item) if isinstance(item, Emission) else item for item in items]
     return pickle.dumps(rows, pickle.HIGHEST_PROTOCOL)
+
+
+async def packed_steps(steps: AsyncGenerator[Sequence[Outgoing], None]) -> AsyncGenerator[bytes, None]:
+    """Each of `steps` as it comes; ends it when it is ended."""
+    async with aclosing(steps):
+        async for items in steps:
+            yield packed(items)
 
 
 def unpacked(data: bytes) -> tuple[Outgoing, ...]:

@@ -55,6 +55,7 @@ class Port:
         self.after_submit: Hook | None = None
         self.owned: bool | None = None
         self.cut = asyncio.Event()
+        self.line_cut = asyncio.Event()
         self.cancelled: list[tuple[RequestId, int]] = []
 
     async def submit(self, request: Request, attempt: int, placement: Placement) -> None:
@@ -75,10 +76,14 @@ class Port:
 
     async def outbox(self, front: FrontId) -> AsyncIterator[Any]:
         stream = self.worker.outbox(front)
-        cut = asyncio.ensure_future(self.cut.wait())
+        cut, line_cut = (asyncio.ensure_future(event.wait()) for event in (self.cut, self.line_cut))
         while True:
             following = asyncio.ensure_future(anext(stream, None))
-            await asyncio.wait({following, cut}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({following, cut, line_cut}, return_when=asyncio.FIRST_COMPLETED)
+            if line_cut.done():
+                self.line_cut.clear()
+                following.cancel()
+                return
             if cut.done():
                 following.cancel()
                 raise WorkerLost(f"{self.worker.spec.id} died")
@@ -486,6 +491,20 @@ def test_a_worker_that_is_not_heard_any_more_is_not_asked_either(house: House_) 
                 await here.said(here.ask("abc"))
             here.ports["d"] = Port(here.workers["d"])
             await here.meet("p", "d")
+            assert await here.text_of(here.ask("abc")) == "abc"
+
+    run(test())
+
+
+def test_a_line_that_is_cut_costs_what_was_on_it_and_no_more(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            stream = here.dispatcher.generate(here.ask(id="cut", prompt="a" * 40, max_tokens=1500))
+            await anext(stream)
+            here.ports["d"].line_cut.set()
+            with pytest.raises(WorkerLost, match="d was lost"):
+                async for _ in stream:
+                    pass
             assert await here.text_of(here.ask("abc")) == "abc"
 
     run(test())
