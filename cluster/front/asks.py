@@ -84,6 +84,9 @@ def asks_of(service: Service, id: str, prompts: Sequence[Prompt], wanted: Wanted
             choice=choice,
             tenant=wanted.tenant,
             priority=wanted.priority,
+            ttft_seconds=_seconds(wanted.ttft_ms),
+            itl_seconds=_seconds(wanted.itl_ms),
+            deadline_seconds=_seconds(wanted.deadline_ms),
             continued=prompt.continued,
         )
         for place, (prompt, params) in enumerate(zip(prompts, parameters, strict=True))
@@ -126,6 +129,10 @@ def _parameters(service: Service, prompt: Prompt, wanted: Wanted, seed: int) -> 
     )
     _check_drawable(params)
     return params
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
 def _given(value: float | None, default: float) -> float:

@@ -60,6 +60,9 @@ def wanted_of(request: GenerateRequest) -> Wanted:
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         tenant=request.tenant,
         priority=request.priority,
+        ttft_ms=request.ttft_ms if request.HasField("ttft_ms") else None,
+        itl_ms=request.itl_ms if request.HasField("itl_ms") else None,
+        deadline_ms=request.deadline_ms if request.HasField("deadline_ms") else None,
         fingerprint=request.fingerprint,
         forced=tuple(request.forced_token_ids),
     )

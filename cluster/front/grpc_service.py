@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.front.answering import answer
+from cluster.front.answering import answer, within
 from cluster.front.asks import (
     Prompt,
     asks_of,
@@ -92,9 +93,12 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         async with answering(context, record):
             check_request_id(request_id)
             ask = await self._ask(request, request_id)
+            left = context.time_remaining()
+            ask = replace(ask, deadline_seconds=min(filter(None, (ask.deadline_seconds, left)), default=None))
             with self._alone(request_id):
                 await context.send_initial_metadata((("x-request-id", request_id),))
-                await self._write(ask, record, context)
+                async with within(ask.deadline_seconds):
+                    await self._write(ask, record, context)
 
     async def Tokenize(self, request: TokenizeRequest, context: Context) -> TokenizeResponse:
         """The tokens that Generate would compute."""

@@ -33,9 +33,6 @@ STALL_TIMEOUT_SECONDS: Final = 60.0
 
 CLEAN_UP_TIMEOUT_SECONDS: Final = 10.0
 
-DEADLINE_HEADER: Final = "x-request-timeout-ms"
-MAX_DEADLINE_MS: Final = 86_400_000
-
 Emit: TypeAlias = "Callable[[bytes], Awaitable[None]]"
 """Writes to the client; returns when it may be given more."""
 _T = TypeVar("_T")
@@ -50,19 +47,6 @@ _log = logging.getLogger(__name__)
 
 class ClientStalled(Exception):
     """The client stopped reading its stream."""
-
-
-def deadline_seconds(request: Request) -> float | None:
-    """How long the client gives its request, the last token included; None when it doesn't say."""
-    said = request.headers.get(DEADLINE_HEADER)
-    if said is None:
-        return None
-    if not (said.isascii() and said.isdecimal() and len(said) < 12 and 1 <= int(said) <= MAX_DEADLINE_MS):
-        message = (
-            f"{DEADLINE_HEADER} is {said[:40]!r}; it must be a whole number of milliseconds, 1 to {MAX_DEADLINE_MS}"
-        )
-        raise InvalidRequest(message, param=DEADLINE_HEADER)
-    return int(said) / 1000
 
 
 async def read_json(request: Request) -> object:

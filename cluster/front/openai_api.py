@@ -11,13 +11,14 @@ from starlette.responses import JSONResponse, Response
 from cluster.front.answering import answer_all, within
 from cluster.front.asks import Prompt, asks_of, check_model, encode_chat, encode_text, max_context
 from cluster.front.chat import ChatMessage
-from cluster.front.http_wire import EventStream, deadline_seconds, read_json, while_connected
+from cluster.front.http_wire import EventStream, read_json, while_connected
 from cluster.front.openai_answers import Answer, Envelope, EventWriter, total_usage, whole
 from cluster.front.openai_choices import Choice
 from cluster.front.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, parse_request
 from cluster.front.patience import Patience
 from cluster.front.request_log import Record
 from cluster.front.wanted import Wanted
+from cluster.front.wish_headers import with_headers
 from cluster.observe.metrics import FrontMetrics
 from diptych import __version__
 from diptych.errors import InvalidRequest
@@ -77,9 +78,10 @@ class OpenAiApi:
     async def _respond(
         self, request: Request, kind: Kind, body: AnyRequest, prompts: Sequence[Prompt], wanted: Wanted
     ) -> Response | EventStream:
-        request_id, deadline, record = request_id_of(request), deadline_seconds(request), record_of(request)
-        choices = body.n or 1
+        request_id, record, choices = request_id_of(request), record_of(request), body.n or 1
+        wanted = with_headers(wanted, request, has_priority=body.priority is not None)
         asks = asks_of(self.service, request_id, prompts, wanted, choices=choices)
+        deadline = asks[0].deadline_seconds
         envelope = Envelope(id=request_id, kind=kind, model=self.service.model_name, created=int(time.time()))
         beside = [self._choice(ask, kind, body, place // choices) for place, ask in enumerate(asks)]
         if body.stream:

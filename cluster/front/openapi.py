@@ -14,7 +14,6 @@ from pydantic.json_schema import models_json_schema
 
 from cluster.front import response_shapes as shapes
 from cluster.front import wanted as limits
-from cluster.front.http_wire import DEADLINE_HEADER, MAX_DEADLINE_MS
 from cluster.front.openai_types import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest
 from cluster.front.tokenize_api import (
     NEUTRAL_FOR_CHAT,
@@ -23,6 +22,7 @@ from cluster.front.tokenize_api import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
+from cluster.front.wish_headers import HEADERS
 from diptych import __version__
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Operation(NamedTuple):
     """None is text."""
     bodies: tuple[type[BaseModel], ...] = ()
     streams: bool = False
-    """An event stream with `stream: true`; takes a deadline."""
+    """An event stream with `stream: true`; takes the headers that wish."""
     may_be_unready: bool = False
     parameters: tuple[Json, ...] = ()
 
@@ -132,7 +132,7 @@ def document() -> Json:
 
 
 def _operation(operation: Operation) -> Json:
-    parameters = [*operation.parameters, *([_deadline()] if operation.streams else [])]
+    parameters = [*operation.parameters, *(_headers() if operation.streams else [])]
     said: Json = {"summary": operation.summary, "responses": dict(_responses(operation))}
     if parameters:
         said["parameters"] = parameters
@@ -143,14 +143,11 @@ def _operation(operation: Operation) -> Json:
     return said
 
 
-def _deadline() -> Json:
-    return {
-        "name": DEADLINE_HEADER,
-        "in": "header",
-        "required": False,
-        "description": "How long the whole answer may take; then it ends with deadline_exceeded.",
-        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
-    }
+def _headers() -> list[Json]:
+    return [
+        {"name": name, "in": "header", "required": False, "description": meaning, "schema": schema}
+        for name, meaning, schema in HEADERS
+    ]
 
 
 def _responses(operation: Operation) -> Iterator[tuple[str, Json]]:

@@ -55,6 +55,12 @@ class Ask:
     """Cached blocks are shared within it only."""
     priority: int = 0
     """Lower is served first."""
+    ttft_seconds: float | None = None
+    """The first token is wanted within so long; None leaves it to the cluster."""
+    itl_seconds: float | None = None
+    """As `ttft_seconds`, the mean time between tokens."""
+    deadline_seconds: float | None = None
+    """Later than that nobody wants the answer. Whoever asks ends it then, too."""
     continued: bool = False
     """The answer goes on where the prompt ends, so a space that it starts with is its own."""
 

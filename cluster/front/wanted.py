@@ -26,6 +26,8 @@ MAX_LOGPROBS: Final = 20
 MAX_TENANT_CHARACTERS: Final = 256
 MIN_PRIORITY: Final = -(2**31)
 MAX_PRIORITY: Final = 2**31 - 1
+MAX_MS: Final = 86_400_000
+"""A day: the longest time that may be wished for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,18 @@ class Wanted:
     """What the client called it."""
     priority: int = 0
     """Lower is served first."""
+    priority_name: str = "priority"
+    """What the client called it."""
+    ttft_ms: int | None = None
+    """The first token is wanted within so long."""
+    ttft_ms_name: str = "ttft_ms"
+    """What the client called it, here and below."""
+    itl_ms: int | None = None
+    """As `ttft_ms`, the mean time between tokens."""
+    itl_ms_name: str = "itl_ms"
+    deadline_ms: int | None = None
+    """Later than that nobody wants the answer."""
+    deadline_ms_name: str = "deadline_ms"
     fingerprint: bool = False
     forced: tuple[int, ...] = ()
 
@@ -67,6 +81,7 @@ class Wanted:
 def check_wanted(wanted: Wanted, vocabulary: int) -> None:
     """Raises InvalidRequest naming the first field that is out of its range. `vocabulary` counts its tokens."""
     _check_counts(wanted)
+    _check_times(wanted)
     _check_drawing(wanted)
     _check_penalties(wanted)
     if wanted.tenant:
@@ -95,14 +110,27 @@ def _check_counts(wanted: Wanted) -> None:
     if wanted.min_tokens < 0:
         raise _out_of_range("min_tokens", wanted.min_tokens, "0 or more")
     if not MIN_PRIORITY <= wanted.priority <= MAX_PRIORITY:
-        message = f"priority is {wanted.priority}; it must be from {MIN_PRIORITY} to {MAX_PRIORITY}"
-        raise InvalidRequest(message, param="priority")
+        name = wanted.priority_name
+        message = f"{name} is {wanted.priority}; it must be from {MIN_PRIORITY} to {MAX_PRIORITY}"
+        raise InvalidRequest(message, param=name)
     if wanted.max_tokens is not None and len(wanted.forced) > wanted.max_tokens:
         message = f"{len(wanted.forced)} forced tokens are more than max_tokens = {wanted.max_tokens}"
         raise InvalidRequest(message, param="forced_token_ids")
     for name, count in ((wanted.logprobs_name, wanted.logprobs), ("prompt_logprobs", wanted.prompt_logprobs)):
         if count is not None and not 0 <= count <= MAX_LOGPROBS:
             raise _out_of_range(name, count, f"from 0 to {MAX_LOGPROBS}")
+
+
+def _check_times(wanted: Wanted) -> None:
+    times = (
+        (wanted.ttft_ms_name, wanted.ttft_ms),
+        (wanted.itl_ms_name, wanted.itl_ms),
+        (wanted.deadline_ms_name, wanted.deadline_ms),
+    )
+    for name, milliseconds in times:
+        if milliseconds is not None and not 1 <= milliseconds <= MAX_MS:
+            message = f"{name} is {milliseconds}; it must be a whole number of milliseconds, 1 to {MAX_MS}"
+            raise InvalidRequest(message, param=name)
 
 
 def _check_drawing(wanted: Wanted) -> None:

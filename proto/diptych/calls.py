@@ -68,6 +68,12 @@ class Wishes(TypedDict, total=False):
     """Prompts are found cached only when the same tenant sent them."""
     priority: int
     """Lower is served first. Unset: 0."""
+    ttft_ms: int | None
+    """The first token is wanted within so long; missing it ends nothing."""
+    itl_ms: int | None
+    """As `ttft_ms`, the mean time between tokens."""
+    deadline_ms: int | None
+    """Later than that the answer isn't wanted: it ends in DeadlineExceeded."""
 
 
 def generate_request(
@@ -105,6 +111,9 @@ def generate_request(
         request_id=wishes.get("request_id", ""),
         tenant=wishes.get("tenant", ""),
         priority=wishes.get("priority", 0),
+        ttft_ms=wishes.get("ttft_ms"),
+        itl_ms=wishes.get("itl_ms"),
+        deadline_ms=wishes.get("deadline_ms"),
         fingerprint=wishes.get("fingerprint", False),
         forced_token_ids=wishes.get("forced", ()),
     )

@@ -21,8 +21,8 @@ from schemathesis.specs.openapi.checks import (
 from starlette.routing import Route
 
 from cluster.front.http import build_app
-from cluster.front.http_wire import DEADLINE_HEADER
 from cluster.front.openapi import OPERATIONS, document
+from cluster.front.wish_headers import DEADLINE
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import ScriptedService, Wire
@@ -60,8 +60,8 @@ ALONE = [key for key in OPERATIONS if key not in WITH_BODY]
 
 def steered(case: schemathesis.Case) -> schemathesis.Case:
     """What no schema can say: which model is served, how much its context holds, how long an answer takes."""
-    if DEADLINE_HEADER in case.headers:
-        case.headers[DEADLINE_HEADER] = "60000"
+    if DEADLINE.name in case.headers:
+        case.headers[DEADLINE.name] = "60000"
     body = case.body
     if isinstance(body, dict):
         if isinstance(body.get("model"), str):
