@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diptych.errors import NoWorker, WorkerLost
+from cluster.front.scheduler_calls import SchedulerCalls
 from diptych.packing import unpacked
 from diptych.token_line import listen
 from workers.actors import answer
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from cluster.front.http import HttpServer
     from cluster.journal import Entry, Level
     from cluster.observe.log_outlet import LogOutlet
-    from cluster.scheduler.costs import RequestShape
     from diptych.types import (
-        ClusterStatus,
         FrontId,
         ModelSource,
         Outgoing,
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 _PATIENCES = 3
 """A stuck scheduler is noticed after twice the patience, and its successor is up in seconds."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,44 +174,3 @@ class _RayWorker:
         with suppress(WorkerLost):  # a firewall between pods, say
             return await listen(address, front, self._secret) if address else None
         return None
-
-
-class SchedulerCalls:
-    """cluster.front.dispatcher.SchedulerPort over a handle that may be replaced while calls wait."""
-
-    def __init__(self, handle: Any, timeout_seconds: float) -> None:  # noqa: ANN401
-        self._handle = handle
-        self._timeout_seconds = timeout_seconds
-        self._replaced = asyncio.Event()
-
-    def replace(self, handle: Any) -> None:  # noqa: ANN401
-        """Calls under way are made again."""
-        self._handle = handle
-        self._replaced.set()
-        self._replaced = asyncio.Event()
-
-    async def place(self, shape: RequestShape) -> Placement:
-        return await self._ask(lambda handle: handle.place.remote(shape))
-
-    async def status(self) -> ClusterStatus:
-        return await self._ask(lambda handle: handle.status.remote())
-
-    async def _ask(self, call: Callable[[Any], Awaitable[T]]) -> T:
-        """Placing twice does no harm: nothing is reserved."""
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                while True:
-                    replaced = asyncio.ensure_future(self._replaced.wait())
-                    asked = asyncio.ensure_future(answer(call(self._handle), "the scheduler"))
-                    try:
-                        await asyncio.wait({asked, replaced}, return_when=asyncio.FIRST_COMPLETED)
-                        if not asked.done():
-                            continue
-                        with suppress(WorkerLost):
-                            return asked.result()
-                        await replaced
-                    finally:
-                        asked.cancel()
-                        replaced.cancel()
-        except TimeoutError:
-            raise NoWorker(f"the scheduler did not answer for {self._timeout_seconds:g} s: try again") from None

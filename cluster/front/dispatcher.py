@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.front.fallback import Own, place_alone
 from cluster.front.inbox import Inbox
 from cluster.front.patience import Patience
+from cluster.front.scheduler_calls import SchedulerSilent
 from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
-from cluster.scheduler.costs import RequestShape
-from diptych.errors import Draining, ServingError, WorkerLost
+from cluster.scheduler.costs import RequestShape, Rule
+from diptych.errors import DeadlineExceeded, Draining, ServingError, WorkerLost
 from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 _ATTEMPTS = 3
 _SILENCES = 2
 """Streams of a worker that end without a token, one after the other, until it is given up."""
+_PATIENCES = 3
+"""A stuck scheduler is noticed after twice the patience, and its successor is up in seconds."""
 _STATUS_SECONDS = 0.5
 """A status this young is served again."""
 
@@ -65,7 +69,13 @@ class WorkerPort(Protocol):
 class SchedulerPort(Protocol):
     """What a front asks of the scheduler."""
 
-    async def place(self, shape: RequestShape) -> Placement: ...
+    async def place(self, shape: RequestShape) -> Placement:
+        """When it is its turn. Raises SchedulerSilent when nobody answers."""
+        ...
+
+    async def withdraw(self, request: RequestId) -> None:
+        """Nobody waits for its turn any more. Raises nothing."""
+        ...
 
     async def status(self) -> ClusterStatus: ...
 
@@ -89,6 +99,8 @@ class FrontIdentity:
     """Block names of the cluster's model start from it."""
     patience_seconds: float
     """Silence after which a worker is asked whether it still has the request."""
+    how: Rule = "auto"
+    """`placement.how`, for the time without a scheduler."""
 
 
 class Dispatcher:
@@ -101,6 +113,7 @@ class Dispatcher:
         self._members: dict[WorkerId, _Member] = {}
         self._inboxes: dict[RequestId, Inbox] = {}
         self._placed_on: dict[RequestId, Placement] = {}
+        self._contexts: dict[RequestId, int] = {}
         self._cancels: set[asyncio.Task[None]] = set()
         self._status: tuple[float, ClusterStatus] | None = None
         self._patience = Patience()
@@ -202,14 +215,15 @@ class Dispatcher:
         answer = _Answer(ask, self._text)
         finished = False
         try:
-            await self._submit(request, inbox)
+            await self._submit(ask, request, inbox)
             while not finished:
-                delta = answer.take(await self._next(request, inbox))
+                delta = answer.take(await self._next(ask, request, inbox))
                 finished = delta.finish is not None
                 if delta.tokens or finished:
                     yield delta
         finally:
             placement = self._placed_on.pop(request.id, None)
+            self._contexts.pop(request.id, None)
             del self._inboxes[request.id]
             # An answer that ended by itself is over at the worker too; a stop string is only known here.
             if placement and not answer.ended_by_worker:
@@ -217,19 +231,14 @@ class Dispatcher:
 
     # ---- an attempt ---------------------------------------------------------------------------------------
 
-    async def _submit(self, request: Request, inbox: Inbox) -> None:
-        shape = RequestShape(
-            request=request.id,
-            granules=request.granules,
-            prompt_tokens=len(request.tokens),
-            max_tokens=request.params.max_tokens,
-        )
+    async def _submit(self, ask: Ask, request: Request, inbox: Inbox) -> None:
         while True:
-            placement = await self._scheduler.place(shape)
+            placement = await self._place(_shape(ask, request))
             try:
                 member = await self._heard(placement.decode)
                 self._placed_on[request.id] = placement
-                await member.port.submit(request, inbox.attempt, placement)
+                sent = request if placement.priority is None else replace(request, priority=placement.priority)
+                await member.port.submit(sent, inbox.attempt, placement)
             except WorkerLost:
                 if inbox.accepted:
                     return  # it speaks: only its word that it has the request was lost
@@ -247,7 +256,27 @@ class Dispatcher:
             raise WorkerLost(f"{worker} is gone")
         return member
 
-    async def _next(self, request: Request, inbox: Inbox) -> list[Emission]:
+    async def _place(self, shape: RequestShape) -> Placement:
+        """By the scheduler, when it is its turn; without one by this front's own rule, as far as that has room."""
+        self._contexts[shape.request] = shape.context
+        give_up = time.monotonic() + _PATIENCES * self._identity.patience_seconds
+        while True:
+            try:
+                return await self._scheduler.place(shape)
+            except SchedulerSilent:
+                workers = [member.info for member in self._members.values()]
+                own = [Own(placement, self._contexts[one]) for one, placement in self._placed_on.items()]
+                placement = place_alone(shape, workers, own, self._identity.how)
+                if placement is not None:
+                    self._withdraw(shape.request)
+                    return placement
+                if time.monotonic() > give_up:
+                    raise
+            except asyncio.CancelledError:
+                self._withdraw(shape.request)
+                raise
+
+    async def _next(self, ask: Ask, request: Request, inbox: Inbox) -> list[Emission]:
         while True:
             try:
                 return await inbox.wait_next(self._identity.patience_seconds)
@@ -255,7 +284,7 @@ class Dispatcher:
                 await self._check_alive(request, inbox)
             except WorkerLost:
                 self._again(inbox, request)
-                await self._submit(request, inbox)
+                await self._submit(ask, request, inbox)
 
     async def _check_alive(self, request: Request, inbox: Inbox) -> None:
         """Nothing was heard for long: a queue is no reason to give up, a silent worker is."""
@@ -285,9 +314,35 @@ class Dispatcher:
             with suppress(ServingError):
                 await member.port.cancel(request, attempt)
 
-        task = asyncio.ensure_future(cancel())
+        self._beside(cancel())
+
+    def _withdraw(self, request: RequestId) -> None:
+        self._beside(self._scheduler.withdraw(request))
+
+    def _beside(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
+
+
+def _shape(ask: Ask, request: Request) -> RequestShape:
+    """What placement needs to know of it, now: a deadline is nearer on each attempt."""
+    deadline = ask.deadline_seconds
+    if deadline is not None:
+        deadline -= time.time() - request.arrived
+        if deadline <= 0:
+            raise DeadlineExceeded("the request's own deadline passed")
+    return RequestShape(
+        request=request.id,
+        granules=request.granules,
+        prompt_tokens=len(request.tokens),
+        max_tokens=request.params.max_tokens,
+        priority=request.priority,
+        tenant=ask.tenant,
+        ttft_seconds=ask.ttft_seconds,
+        itl_seconds=ask.itl_seconds,
+        deadline_seconds=deadline,
+    )
 
 
 def _own_id(id: RequestId) -> RequestId:  # noqa: A002

@@ -1,6 +1,8 @@
-"""The scheduler as an actor: adds the clock and nothing else. Wrapped with `ray.remote` by who creates it.
+"""The scheduler as an actor: adds the clock, and calls that wait for their turn. Wrapped by who creates it.
 
-Its methods touch the scheduler without awaiting, so calls don't interleave and it needs no lock.
+Its methods touch the scheduler without awaiting, so calls don't interleave and it needs no lock. A
+request that waits holds a call open: their number is bounded by the queues (`admission.queue`), far
+below the actor's concurrency, so reports always come through.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
 
 if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
-    from diptych.types import ClusterStatus, Placement, Report, WorkerId, WorkerInfo
+    from diptych.errors import ServingError
+    from diptych.types import ClusterStatus, Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
 
 
 class SchedulerActor:
@@ -21,6 +24,8 @@ class SchedulerActor:
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self._scheduler = Scheduler(spec)
+        self._waiting: dict[RequestId, asyncio.Future[Placement | None]] = {}
+        self._turn: asyncio.TimerHandle | None = None
 
     async def join(self, info: WorkerInfo) -> None:
         """Raises LayoutMismatch."""
@@ -32,11 +37,42 @@ class SchedulerActor:
 
     async def report(self, report: Report) -> bool:
         """Whether the worker's next report has to be a full one."""
-        return self._scheduler.report(report, time.monotonic())
+        needs_full = self._scheduler.report(report, time.monotonic())
+        if self._waiting:
+            self._advance()
+        return needs_full
 
-    async def place(self, shape: RequestShape) -> Placement:
-        """Raises NoWorker or PromptTooLong."""
-        return self._scheduler.place(shape, time.monotonic())
+    async def place(self, shape: RequestShape) -> Placement | None:
+        """Returns when it is its turn; None when it was withdrawn.
+
+        Raises Overloaded, NoWorker, PromptTooLong or DeadlineExceeded.
+        """
+        placement = self._scheduler.submit(shape, time.monotonic())
+        if placement is not None:
+            return placement
+        turn = self._waiting[shape.request] = asyncio.get_running_loop().create_future()
+        self._wait_turn()
+        try:
+            return await turn
+        finally:
+            del self._waiting[shape.request]
+            self._scheduler.withdraw(shape.request, time.monotonic())
+
+    async def is_waiting(self, request: RequestId) -> bool:
+        """Whether `place` will answer: nobody has to guess from its silence."""
+        return request in self._waiting
+
+    async def withdraw(self, request: RequestId) -> None:
+        """Nobody wants it any more; its call of `place` ends. Idempotent."""
+        self._scheduler.withdraw(request, time.monotonic())
+        if turn := self._waiting.get(request):
+            _tell(turn, None)
+            self._wait_turn()
+
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
+        """How placements went."""
+        for outcome in outcomes:
+            self._scheduler.finished(outcome, time.monotonic())
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process dies."""
@@ -45,3 +81,25 @@ class SchedulerActor:
     async def status(self) -> ClusterStatus:
         """The cluster as of now."""
         return self._scheduler.status(time.monotonic())
+
+    def _advance(self) -> None:
+        for request, placement in self._scheduler.advance(time.monotonic()):
+            _tell(self._waiting[request], placement)
+        self._wait_turn()
+
+    def _wait_turn(self) -> None:
+        """One timer, for the next turn that comes without news."""
+        if self._turn:
+            self._turn.cancel()
+        now = time.monotonic()
+        at = self._scheduler.next_turn(now) if self._waiting else None
+        self._turn = None if at is None else asyncio.get_running_loop().call_later(at - now, self._advance)
+
+
+def _tell(turn: asyncio.Future[Placement | None], placement: Placement | ServingError | None) -> None:
+    if turn.done():
+        return  # withdrawn in the same moment
+    if isinstance(placement, Exception):
+        turn.set_exception(placement)
+    else:
+        turn.set_result(placement)

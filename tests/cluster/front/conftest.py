@@ -98,6 +98,9 @@ class OneWorker:
     async def place(self, shape: object) -> Placement:
         return Placement(decode=self.worker.id, prefill=None, how="mixed", reason="the only one")
 
+    async def withdraw(self, request: object) -> None:
+        """Nobody waits."""
+
     async def status(self) -> ClusterStatus:
         raise NotImplementedError
 

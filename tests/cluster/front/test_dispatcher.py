@@ -114,6 +114,9 @@ class SchedulerHere:
     async def place(self, shape: RequestShape) -> Placement:
         return self.it.place(shape, time.monotonic())
 
+    async def withdraw(self, request: RequestId) -> None:
+        self.it.withdraw(request, time.monotonic())
+
     async def status(self) -> ClusterStatus:
         return self.it.status(time.monotonic())
 

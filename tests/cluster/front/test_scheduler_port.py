@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.front.actor import SchedulerCalls
+from cluster.front.scheduler_calls import SchedulerCalls
 from diptych.errors import NoWorker, WorkerLost
 
 
