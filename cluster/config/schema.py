@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from cluster.config.values import Address, parse_address, parse_labels, parse_size
+from cluster.config.values import Address, parse_address, parse_labels, parse_size, parse_weights
 from diptych.hashing import granules_per_block
 from diptych.types import ModelDtype, Role, Verify
 
@@ -31,6 +31,10 @@ def _not_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("should be a number")
     return value
+
+
+def _weights(value: object) -> object:
+    return parse_weights(value) if isinstance(value, str) else value
 
 
 def _address(text: str) -> str:
@@ -63,6 +67,14 @@ Count: TypeAlias = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Positive: TypeAlias = Annotated[int, BeforeValidator(_not_bool), Field(gt=0)]
 HostPort: TypeAlias = Annotated[str, AfterValidator(_address)]
 Memory: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_bytes_or_auto), BeforeValidator(_not_bool)]
+
+
+Weight: TypeAlias = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
+Weights: TypeAlias = Annotated[dict[str, Weight], BeforeValidator(_weights)]
+Seconds: TypeAlias = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
+Share: TypeAlias = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=0.5)]
+Places: TypeAlias = Annotated[Positive, Field(le=30_000)]
+"""Each holds a call to the scheduler open, which takes 100,000."""
 
 
 class Section(BaseModel):
@@ -174,6 +186,41 @@ class PlacementSection(Section):
     """remote: always hand over from prefill; local: decode computes every prompt itself."""
 
 
+class QueueSection(Section):
+    """How many requests of each class of priority may wait; further ones are refused."""
+
+    high: Places = 1024
+    """Priorities below 0."""
+    normal: Places = 1024
+    """Priority 0."""
+    low: Places = 1024
+    """Priorities above 0."""
+
+
+class LeastShareSection(Section):
+    """What a class gets of all work, however many more important requests come."""
+
+    normal: Share = 0.1
+    """Priority 0; at most 0.5."""
+    low: Share = 0.05
+    """Priorities above 0; at most 0.5."""
+
+
+class AdmissionSection(Section):
+    """Who waits for a worker, and in which order."""
+
+    queue: QueueSection = QueueSection()
+    least_share: LeastShareSection = LeastShareSection()
+    weights: Weights = {}
+    """Of tenants' shares, as a table or as `gold=3,free=0.5`; 1 for those not named."""
+    ttft_seconds: Seconds = 2.0
+    """Wished for the first token, where a request wishes nothing itself …"""
+    ttft_seconds_per_token: Seconds = 0.00015
+    """… and what each prompt token adds to it."""
+    give_up: Seconds = 0.0
+    """Refuse a request whose first token is predicted later than so many times its wish; 0 never does."""
+
+
 class Engine(Section):
     """What one worker takes on at a time."""
 
@@ -220,6 +267,7 @@ class Config(Section):
     front: Front = Front()
     kv: Kv = Kv()
     placement: PlacementSection = PlacementSection()
+    admission: AdmissionSection = AdmissionSection()
     engine: Engine = Engine()
     cluster: Cluster = Cluster()
     log: Log = Log()

@@ -36,6 +36,20 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
+def parse_weights(text: str) -> dict[str, float]:
+    """`gold=3, free=0.5`; raises ValueError."""
+    weights: dict[str, float] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, weight = part.rpartition("=")
+        try:
+            weights[name.strip()] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"{part!r} should be TENANT=WEIGHT, like gold=3")
+    return weights
+
+
 def parse_size(text: str) -> int:
     """`536870912`, `512MiB` or `1.5GB` in bytes; raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)

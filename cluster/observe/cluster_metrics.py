@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from diptych.types import ClusterStatus, Load, WorkerStatus
+    from diptych.types import ClusterStatus, Load, QueueStatus, WorkerStatus
 
 _WORKER_LABELS: Final = ("worker", "role")
 _BLOCK_STATES: Final = ("free", "cached", "held", "granted", "lent")
@@ -52,6 +52,7 @@ class ClusterCollector(Collector):
         if self._status is None:
             return
         yield from _cluster(self._status)
+        yield from _queues(self._status.queues)
         yield from _workers(self._status.workers)
 
 
@@ -62,11 +63,31 @@ def _cluster(status: ClusterStatus) -> Iterator[Metric]:
     preemptions = sum(worker.counters.preemptions for worker in status.workers)
     model = status.model
     yield _gauge("vllm:num_requests_running", "Requests running.", model, sum(load.running_requests for load in loads))
-    yield _gauge("vllm:num_requests_waiting", "Requests waiting.", model, sum(load.waiting_requests for load in loads))
+    waiting = sum(load.waiting_requests for load in loads) + sum(queue.length for queue in status.queues)
+    yield _gauge("vllm:num_requests_waiting", "Requests waiting, for a worker or at one.", model, waiting)
     yield _gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", model, used / max(1, blocks))
     yield _counter("vllm:num_preemptions", "Requests preempted.", model, preemptions)
     yield _counter("diptych_requests_placed", "Requests placed by the scheduler.", model, status.requests_placed)
     yield _gauge("diptych_index_blocks", "Distinct blocks in the prefix index.", model, status.index_blocks)
+
+
+def _queues(queues: Sequence[QueueStatus]) -> Iterator[Metric]:
+    """By class of priority."""
+    length = GaugeMetricFamily("diptych_queue_length", "Requests waiting for a worker.", labels=("class",))
+    oldest = GaugeMetricFamily("diptych_queue_oldest_seconds", "How long the oldest of them waits.", labels=("class",))
+    waited = SummaryMetricFamily(
+        "diptych_queue_wait_seconds", "How long placed requests waited for a worker.", labels=("class",)
+    )
+    rejected = CounterMetricFamily(
+        "diptych_queue_rejections", "Requests refused at their arrival, by why.", labels=("class", "reason")
+    )
+    for queue in queues:
+        length.add_metric([queue.name], queue.length)
+        oldest.add_metric([queue.name], queue.oldest_seconds)
+        waited.add_metric([queue.name], queue.released, queue.waited_seconds)
+        for reason, count in queue.rejected:
+            rejected.add_metric([queue.name, reason], count)
+    yield from (length, oldest, waited, rejected)
 
 
 def _workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:

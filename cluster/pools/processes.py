@@ -13,11 +13,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Config
+from cluster.config.schema import AdmissionSection
 from cluster.config.values import Address
 from cluster.front.actor import FrontActor, FrontSpec
 from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
 from cluster.scheduler.actor import SchedulerActor
+from cluster.scheduler.admission import AdmissionPolicy
 from cluster.scheduler.costs import Policy
 from cluster.scheduler.scheduler import SchedulerSpec
 from cluster.source_tree import source_roots
@@ -66,6 +68,8 @@ class Processes:
             build=build_identity(),
             policy=Policy(how=self._config.placement.how),
             stale_seconds=self._config.kv.lease_seconds,
+            admission=_admission_policy(self._config.admission),
+            max_running=self._config.engine.max_running,
         )
         options = actor_options() | here(self._site.node)
         return ray.remote(**options)(SchedulerActor).remote(spec)  # pyright: ignore
@@ -82,6 +86,7 @@ class Processes:
                 model=self._site.model.name,
                 root=identity.root(),
                 patience_seconds=self._config.kv.lease_seconds,
+                how=self._config.placement.how,
             ),
             model=self._site.model,
             http=str(http),
@@ -93,6 +98,18 @@ class Processes:
         )
         options = actor_options() | here(self._site.node)
         return ray.remote(**options)(FrontActor).remote(spec)  # pyright: ignore
+
+
+def _admission_policy(admission: AdmissionSection) -> AdmissionPolicy:
+    queue, share = admission.queue, admission.least_share
+    return AdmissionPolicy(
+        queue=(queue.high, queue.normal, queue.low),
+        least_share=(0.0, share.normal, share.low),
+        weights=dict(admission.weights),
+        ttft_seconds=admission.ttft_seconds,
+        ttft_seconds_per_token=admission.ttft_seconds_per_token,
+        give_up=admission.give_up or None,
+    )
 
 
 def actor_options(environment: dict[str, str] | None = None) -> dict[str, Any]:
