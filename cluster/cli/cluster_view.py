@@ -70,8 +70,11 @@ def _turned(rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> Tabl
 def summary(cluster: GetStatusResponse) -> str:
     """The cluster in one line."""
     ready = "ready" if cluster.ready else "not ready"
+    waiting = sum(queue.length for queue in cluster.queues)
     return (
-        f"{cluster.model} · {ready} · {cluster.requests_placed} requests placed · {cluster.index_blocks} blocks indexed"
+        f"{cluster.model} · {ready} · {cluster.requests_placed} requests placed · "
+        + (f"{waiting} waiting · " if waiting else "")
+        + f"{cluster.index_blocks} blocks indexed"
     )
 
 

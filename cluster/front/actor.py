@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.front.scheduler_calls import SchedulerCalls
+from diptych.errors import WorkerLost
 from diptych.packing import unpacked
 from diptych.token_line import listen
 from workers.actors import answer

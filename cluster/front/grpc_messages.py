@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Final
 from cluster.front.chat import ChatMessage
 from cluster.front.wanted import Wanted
 from diptych.errors import InvalidRequest
-from diptych.v1.admin_pb2 import GetStatusResponse, KvLayout, Role, WorkerCounters, WorkerInfo, WorkerLoad, WorkerStatus
+from diptych.v1.admin_pb2 import (
+    GetStatusResponse,
+    KvLayout,
+    QueueStatus,
+    Role,
+    WorkerCounters,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerStatus,
+)
 from diptych.v1.inference_pb2 import (
     FinishReason,
     GenerateChunk,
@@ -140,6 +149,7 @@ def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
         workers=[_worker_of(worker) for worker in status.workers],
         requests_placed=status.requests_placed,
         index_blocks=status.index_blocks,
+        queues=[QueueStatus(**queue._asdict() | {"rejected": dict(queue.rejected)}) for queue in status.queues],
     )
 
 

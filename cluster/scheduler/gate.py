@@ -1,7 +1,8 @@
 """When there is room to place somebody: late enough that order can still be chosen, early enough that nobody idles.
 
-A prompt is placed when a worker that could compute it is about to run out of prompts, and when a
-worker has room to decode it. "About to" is twice the time between that worker's reports, as it was
+A prompt is placed when a worker that could compute it is about to run out of prompts, and a worker
+has room to decode it, or nobody who waits for its room: who is computed meanwhile joins at once when
+there is some. "About to" is twice the time between that worker's reports, as it was
 measured: once for us to learn that it is idle, once for what we send to be there. So no worker idles
 while a prompt that it could take waits, and few wait where their order can't be changed any more.
 Workers serve by priority: for an important request the less important ones' work is not in its way.
@@ -120,13 +121,18 @@ class Gate:
     ) -> float:
         soonest = NEVER
         for worker in workers:
-            if self._can_decode(worker, shape) if decodes else _has_room(worker, shape.prompt_tokens):
+            if self._can_decode(worker, shape) if decodes else self._can_compute(worker, shape):
                 soonest = min(soonest, self.excess_seconds(worker.info.id, rank, now))
                 if soonest <= 0:
                     break
         return soonest
 
+    def _can_compute(self, worker: WorkerView, shape: RequestShape) -> bool:
+        return worker.load.waiting_requests == 0 or _has_room(worker, shape.prompt_tokens)
+
     def _can_decode(self, worker: WorkerView, shape: RequestShape) -> bool:
+        if worker.load.waiting_requests + worker.placed_requests == 0:
+            return True
         # One token more: the answer's first.
         fits = _has_room(worker, shape.prompt_tokens + 1)
         return fits and (self._max_running is None or worker.requests < self._max_running)

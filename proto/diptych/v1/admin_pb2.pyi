@@ -23,20 +23,45 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks")
+    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks", "queues")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PLACED_FIELD_NUMBER: _ClassVar[int]
     INDEX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
     model: str
     build: str
     ready: bool
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     requests_placed: int
     index_blocks: int
-    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ...) -> None: ...
+    queues: _containers.RepeatedCompositeFieldContainer[QueueStatus]
+    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ...) -> None: ...
+
+class QueueStatus(_message.Message):
+    __slots__ = ("name", "length", "oldest_seconds", "released", "waited_seconds", "rejected")
+    class RejectedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    length: int
+    oldest_seconds: float
+    released: int
+    waited_seconds: float
+    rejected: _containers.ScalarMap[str, int]
+    def __init__(self, name: _Optional[str] = ..., length: _Optional[int] = ..., oldest_seconds: _Optional[float] = ..., released: _Optional[int] = ..., waited_seconds: _Optional[float] = ..., rejected: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("info", "load", "counters", "alive", "report_age_seconds")
