@@ -149,7 +149,18 @@ def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
         workers=[_worker_of(worker) for worker in status.workers],
         requests_placed=status.requests_placed,
         index_blocks=status.index_blocks,
-        queues=[QueueStatus(**queue._asdict() | {"rejected": dict(queue.rejected)}) for queue in status.queues],
+        queues=[_queue_of(queue) for queue in status.queues],
+    )
+
+
+def _queue_of(queue: types.QueueStatus) -> QueueStatus:
+    return QueueStatus(
+        name=queue.name,
+        length=queue.length,
+        oldest_seconds=queue.oldest_seconds,
+        released=queue.released,
+        waited_seconds=queue.waited_seconds,
+        rejected=dict(queue.rejected),
     )
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CLASSES: Final = ("high", "normal", "low")
 Reason: TypeAlias = Literal["queue full", "tenant's part full", "deadline", "ttft"]
 
+_MARGIN = 1.25
+"""Of the time from placement to first token: who is placed at the last moment would else be late by any error."""
 _ROOM_FACTOR = 8
 """A tenant may have so many times as many waiting as there is room left (Choudhury and Hahne, Dynamic
 queue length thresholds, 1998): alone it fills 8/9 of a queue, and who comes next still finds room."""
@@ -106,21 +108,23 @@ class Admission:
 
     # ---- in ---------------------------------------------------------------------------------------------
 
-    def add(self, shape: RequestShape, seconds: float, now: float, assumed: float) -> None:
+    def add(self, shape: RequestShape, seconds: float, now: float, *, assumed: float, ahead: float) -> None:
         """It waits from now on. Raises Overloaded when it would in vain, or has no room.
 
         `seconds`: predicted, to compute its prompt; `assumed`: such seconds that all workers together
-        are believed to work off in a second, until that was seen.
+        are believed to work off in a second, until that was seen; `ahead`: what is before it at a
+        worker, once it is placed.
         """
         rank = rank_of(shape.priority)
         self._check_room(shape, rank, now, assumed)
-        self._check_time(shape, rank, seconds, now, assumed)
+        placed = _MARGIN * (ahead + seconds)
+        self._check_time(shape, rank, placed, now, assumed)
         waiting = Waiting(
             shape=shape,
             rank=rank,
             seconds=seconds,
             arrived=now,
-            start_by=now + self._policy.ttft(shape) - seconds,
+            start_by=now + self._policy.ttft(shape) - placed,
             deadline=None if shape.deadline_seconds is None else now + shape.deadline_seconds,
         )
         if not self._waiting:

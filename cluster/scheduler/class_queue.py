@@ -34,7 +34,7 @@ class Waiting:
     """Predicted, to compute its prompt."""
     arrived: float
     start_by: float
-    """A prompt begun later brings its first token too late."""
+    """Placed later it is not likely to have its first token in time."""
     deadline: float | None
     """Later than that nobody wants it."""
 

@@ -74,6 +74,12 @@ class Gate:
         """Work that keeps it from idling until we learn of it."""
         return _GAPS * self._gaps.get(worker, self._report_seconds)
 
+    @property
+    def typical_bound_seconds(self) -> float:
+        """Mean of what the workers whose reports were timed have before them when somebody is placed there."""
+        gaps = self._gaps.values()
+        return _GAPS * (sum(gaps) / len(gaps) if gaps else self._report_seconds)
+
     def reported(self, worker: WorkerId, seconds: float) -> None:
         """So long after its last report, in which prompts waited."""
         known = self._gaps.get(worker, self._report_seconds)

@@ -46,7 +46,9 @@ class SchedulerSpec:
     """All its workers and fronts are of this one build."""
     policy: Policy
     stale_seconds: float
-    """A worker silent for longer is not placed on until it reports again; without any for longer, nobody waits."""
+    """A worker silent for longer is not placed on until it reports again."""
+    workerless_seconds: float = 60.0
+    """How long requests wait for a worker to come back when none is left that could take them."""
     admission: AdmissionPolicy = field(default_factory=AdmissionPolicy)
     max_running: int | None = None
     """Sequences that a worker takes on; None when it has no limit."""
@@ -111,7 +113,8 @@ class Scheduler:
             if (decision := self._open(shape, rank, now)) is not None:
                 self._admission.pass_by(shape, self._forecast.prefill_seconds(shape))
                 return self._placed(decision, shape, rank)
-        self._admission.add(shape, self._forecast.prefill_seconds(shape), now, self._assumed_rate)
+        seconds = self._forecast.prefill_seconds(shape)
+        self._admission.add(shape, seconds, now, assumed=self._assumed_rate, ahead=self._gate.typical_bound_seconds)
         turn = self._admission.next(now)
         if turn is None or turn.waiting.shape.request != shape.request:
             return None
@@ -151,7 +154,7 @@ class Scheduler:
             times.append(deadline)
         if (turn := self._admission.next(now)) is not None:
             if self._without_workers is not None:
-                times.append(self._without_workers + self._spec.stale_seconds)
+                times.append(self._without_workers + self._spec.workerless_seconds)
             elif (wait := self._gate.wait_seconds(turn.waiting.shape, rank_of(turn.priority), now)) < NEVER:
                 times.append(now + wait)
         return max(now + _SOON_SECONDS, min(times)) if times else None
@@ -201,7 +204,6 @@ class Scheduler:
         decision = self._open(waiting.shape, rank, now)
         if decision is None:
             return None
-        self._without_workers = None
         self._admission.release(waiting, now)
         placement = self._placed(decision, waiting.shape, rank)
         return placement if turn.priority == waiting.shape.priority else replace(placement, priority=turn.priority)
@@ -216,7 +218,7 @@ class Scheduler:
         return decision if self._gate.excess_seconds(decision.placed.computes, rank, now) <= 0 else None
 
     def _placed(self, decision: Decision, shape: RequestShape, rank: int) -> Placement:
-        placed = decision.placed
+        placed, self._without_workers = decision.placed, None
         token_seconds = self._forecast.token_seconds()
         self._gate.placed(placed.computes, rank, placed.tokens * token_seconds)
         self._charges.placed(shape, placed.tokens * token_seconds, token_seconds)
@@ -227,7 +229,7 @@ class Scheduler:
         """A worker that died comes back within seconds."""
         if self._without_workers is None:
             self._without_workers = now
-        return now - self._without_workers < self._spec.stale_seconds
+        return now - self._without_workers < self._spec.workerless_seconds
 
     def _mismatches(self, info: WorkerInfo) -> Iterator[str]:
         spec = self._spec

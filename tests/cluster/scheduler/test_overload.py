@@ -18,7 +18,7 @@ import pytest
 from cluster.scheduler.admission import AdmissionPolicy
 from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
-from diptych.errors import Overloaded, ServingError
+from diptych.errors import DeadlineExceeded, Overloaded, ServingError
 from diptych.types import Counters, Load, ModelSource, Placement, Report, RequestId, WorkerId, WorkerInfo
 
 MODEL = ModelSource(name="tiny", path="tiny.gguf", digest="d1")
@@ -66,6 +66,8 @@ class Seen:
     """Prompt tokens computed, by name."""
     refused: Counter[str] = field(default_factory=Counter)
     retries: list[float] = field(default_factory=list)
+    expired: int = 0
+    """Whose deadline passed in the queue."""
     idle_seconds: float = 0.0
     """Of workers, while somebody waited in the queue."""
     longest: int = 0
@@ -129,6 +131,9 @@ class VirtualCluster:
         self._plan_turn()
 
     def _placed(self, shape: RequestShape, placement: Placement | ServingError) -> None:
+        if isinstance(placement, DeadlineExceeded):
+            self.seen.expired += 1
+            return
         assert isinstance(placement, Placement), placement
         assert placement.prefill is not None
         worker = self._workers[placement.prefill]
@@ -209,3 +214,80 @@ def test_important_requests_do_not_feel_twice_the_load_and_the_rest_is_for_the_o
     assert crowded.refused["high"] == 0
     done = 60 * CAPACITY
     assert crowded.work["low"] >= 0.97 * (done - crowded.work["high"])
+
+
+def test_less_important_requests_never_starve_even_where_important_ones_alone_are_too_many(run: Run) -> None:
+    high, low = (poisson(name, share, 60, priority=p) for name, share, p in (("high", 1.6, -1), ("low", 0.4, 1)))
+    crowded = run(high, low, seconds=60)
+    total = crowded.work["high"] + crowded.work["low"]
+    assert 0.04 * total <= crowded.work["low"] <= 0.08 * total
+    assert crowded.idle_seconds == 0
+
+
+@pytest.mark.parametrize(("weights", "share"), [({}, 1 / 2), ({"rare": 0.5}, 1 / 3)])
+def test_tenants_with_ten_times_the_demand_get_no_more_than_their_fair_share(
+    run: Run, weights: dict[str, float], share: float
+) -> None:
+    often, rare = (poisson(name, rate, 60, tenant=name) for name, rate in (("often", 6.0), ("rare", 0.6)))
+    crowded = run(often, rare, seconds=60, admission=AdmissionPolicy(weights=weights, queue=(200, 200, 200)))
+    total = crowded.work["often"] + crowded.work["rare"]
+    assert crowded.work["rare"] == pytest.approx(share * total, rel=0.05)
+    assert crowded.refused["often"] > 10 * crowded.refused["rare"]
+
+
+def test_a_tenant_that_asks_for_less_than_its_share_gets_all_of_it_soon(run: Run) -> None:
+    often, rare = (poisson(name, rate, 60, tenant=name) for name, rate in (("often", 2.0), ("rare", 0.2)))
+    crowded = run(often, rare, seconds=60)
+    assert crowded.refused["rare"] == 0
+    assert crowded.p("rare", 0.99) <= 1.5
+    assert len(crowded.waits["rare"]) >= 0.97 * len(rare)
+
+
+def test_an_idle_cluster_places_on_arrival(run: Run, info: Callable[..., WorkerInfo]) -> None:
+    scheduler = VirtualCluster(info, AdmissionPolicy()).scheduler
+    for number in range(WORKERS):
+        shape = RequestShape(request=RequestId(f"r-{number}"), granules=(), prompt_tokens=100, max_tokens=1)
+        assert scheduler.submit(shape, 0.0) is not None
+    light = run(poisson("few", 0.3, 30), seconds=30)
+    assert light.p("few", 0.5) <= 1.1 * TYPICAL / TOKENS_PER_SECOND
+    assert not light.refused
+
+
+def test_within_a_tenant_more_first_tokens_are_in_time_than_in_the_order_of_arrival(run: Run) -> None:
+    """Half of them wish for it soon: they overtake those who can wait, as long as both can be in time."""
+    soon = poisson("soon", 0.5, 60, ttft_seconds=0.8)
+    late = poisson("late", 0.45, 60, ttft_seconds=20.0)
+    crowded = run(soon, late, poisson("burst", 0.2, 20, ttft_seconds=20.0), seconds=70)
+    assert crowded.p("soon", 0.95) <= 0.8
+    assert crowded.p("late", 1.0) <= 20.0
+
+
+def test_who_missed_its_time_is_served_all_the_same(run: Run) -> None:
+    crowded = run(poisson("all", 2.0, 60, ttft_seconds=1.0), seconds=60)
+    waits = crowded.waits["all"]
+    assert sum(wait <= 1.0 for wait in waits) >= 0.5 * len(waits), "most of those served are in time"
+    assert sum(wait > 1.0 for wait in waits) >= 0.05 * len(waits), "but the late ones are served too"
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(run: Run) -> None:
+    small = AdmissionPolicy(queue=(8, 8, 8))
+    crowded = run(poisson("all", 2.0, 60), seconds=60, admission=small)
+    assert 0.45 <= crowded.refused["all"] / (crowded.refused["all"] + len(crowded.waits["all"])) <= 0.55
+    assert crowded.p("all", 1.0) <= (8 + 2 * WORKERS) * 1.5 * TYPICAL / CAPACITY + 2
+    assert all(0 < seconds < 3 for seconds in crowded.retries), "what waits is worked off in that time"
+    assert crowded.idle_seconds == 0
+
+
+def test_who_would_wait_beyond_its_deadline_is_told_on_arrival_and_few_of_the_others_miss_it(run: Run) -> None:
+    crowded = run(poisson("all", 2.0, 60, deadline_seconds=2.0, ttft_seconds=2.0), seconds=62)
+    asked = crowded.refused["all"] + len(crowded.waits["all"]) + crowded.expired
+    assert 0.3 <= crowded.refused["all"] / asked <= 0.55, "about what there is no room for"
+    assert crowded.expired <= 0.05 * asked
+    assert sum(wait > 2.0 for wait in crowded.waits["all"]) <= 0.05 * asked
+    assert crowded.idle_seconds == 0
+
+
+def test_few_prompts_are_with_workers_before_their_turn(run: Run) -> None:
+    """Their order can be chosen until then."""
+    crowded = run(poisson("all", 2.0, 30), seconds=30)
+    assert crowded.longest <= WORKERS * 4
