@@ -28,6 +28,8 @@ NEVER: Final = float("inf")
 _NEWEST = 0.125
 """Weight of the newest gap between two reports."""
 _GAPS = 2
+_NOTHING_SECONDS = 1e-6
+"""Rounding must not shut the gate at the very time at which it was said to open."""
 
 
 class Gate:
@@ -68,7 +70,8 @@ class Gate:
 
     def excess_seconds(self, worker: WorkerId, rank: int, now: float) -> float:
         """Until the worker is about to run out of prompts as important; 0 when it is."""
-        return max(0.0, self._backlog_seconds(worker, rank, now) - self.bound_seconds(worker))
+        excess = self._backlog_seconds(worker, rank, now) - self.bound_seconds(worker)
+        return excess if excess > _NOTHING_SECONDS else 0.0
 
     def bound_seconds(self, worker: WorkerId) -> float:
         """Work that keeps it from idling until we learn of it."""
