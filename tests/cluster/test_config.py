@@ -60,6 +60,12 @@ def test_each_layer_wins_over_the_one_before_and_each_value_says_who_set_it(tmp_
     assert origins == [str(file), "environment DIPTYCH_KV__MEMORY", "--set", "default"]
 
 
+def test_weights_of_tenants_come_as_a_table_or_as_text(tmp_path: Path) -> None:
+    table = load(write(tmp_path, "[admission.weights]\ngold = 3\nfree = 0.5\n"))
+    text = load(environment={"DIPTYCH_ADMISSION__WEIGHTS": "gold=3, free=0.5"})
+    assert table.admission.weights == text.admission.weights == {"gold": 3.0, "free": 0.5}
+
+
 def test_a_key_at_the_top_level_has_a_variable_too() -> None:
     assert load(environment={"DIPTYCH_DEVICE": "cpu"}).device == "cpu"
 
@@ -113,6 +119,12 @@ def test_a_section_given_a_value_says_which_keys_it_has(tmp_path: Path) -> None:
         ("kv.block_size", 48, "16, 32, 64, 128 or 256"),
         ("kv.link", "loopback", "auto, mapped, nixl, gloo or nccl works"),
         ("kv.wire", "int4", "'native', 'int8' or 'fp8_e4m3'"),
+        ("admission.queue.high", 0, "greater than 0"),
+        ("admission.queue.low", 30_001, "less than or equal to 30000"),
+        ("admission.least_share.low", 0.6, "less than or equal to 0.5"),
+        ("admission.weights", "gold", "TENANT=WEIGHT, like gold=3"),
+        ("admission.weights", "gold=0", "greater than 0"),
+        ("admission.give_up", -1, "greater than or equal to 0"),
         ("front.http", "localhost", "HOST:PORT"),
         ("front.http", "localhost:http", "HOST:PORT"),
         ("front.grpc", "127.0.0.1:65536", "from 0 to 65535"),

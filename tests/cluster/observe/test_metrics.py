@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observe.cluster_metrics import ClusterCollector
 from diptych.errors import NoWorker, WorkerLost
-from diptych.types import Counters
+from diptych.types import ClusterStatus, Counters, QueueStatus
 
 if TYPE_CHECKING:
     from diptych import Client
@@ -82,6 +82,28 @@ def test_the_clusters_state_is_told_as_the_scheduler_sees_it(wire: Wire) -> None
     assert samples["diptych_bytes_sent_total", frozenset({"prefill-0", "prefill"})] == 4096
     assert samples["diptych_decode_rows_total", frozenset({"decode-0", "decode"})] == 10
     assert samples["diptych_scheduler_up", frozenset()] == 1
+
+
+def test_queues_are_told_by_class() -> None:
+    queues = (
+        QueueStatus("high", 2, 0.5, 10, 1.5, (("queue full", 3), ("deadline", 1))),
+        QueueStatus("low", 0, 0.0, 4, 0.0, ()),
+    )
+    status = ClusterStatus(model="tiny", build="b", workers=(), requests_placed=0, index_blocks=0, queues=queues)
+    told = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in ClusterCollector(status).collect()
+        for sample in family.samples
+    }
+    assert told["diptych_queue_length", "high"] == 2
+    assert told["diptych_queue_oldest_seconds", "high"] == 0.5
+    assert (told["diptych_queue_wait_seconds_count", "high"], told["diptych_queue_wait_seconds_sum", "high"]) == (
+        10,
+        1.5,
+    )
+    assert told["diptych_queue_rejections_total", "high", "queue full"] == 3
+    assert told["diptych_queue_length", "low"] == 0
+    assert told["vllm:num_requests_waiting", "tiny"] == 2
 
 
 def test_a_scheduler_that_does_not_answer_leaves_the_fronts_own_figures(
