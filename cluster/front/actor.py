@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
     from diptych.types import (
         ClusterStatus,
+        Explanation,
         FrontId,
         ModelSource,
+        Outcome,
         Outgoing,
         Placement,
         Request,
@@ -198,6 +200,15 @@ class SchedulerCalls:
 
     async def status(self) -> ClusterStatus:
         return await self._ask(lambda handle: handle.status.remote())
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        return await self._ask(lambda handle: handle.explain.remote(request))
+
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
+        """Once: a scheduler that dies meanwhile takes its statistics with it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_seconds):
+                await answer(self._handle.finished.remote(outcomes), "the scheduler")
 
     async def _ask(self, call: Callable[[Any], Awaitable[T]]) -> T:
         """Placing twice does no harm: nothing is reserved."""

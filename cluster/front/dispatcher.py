@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.front.inbox import Inbox
+from cluster.front.outcomes import Outcomes, Watch
 from cluster.front.patience import Patience
 from cluster.front.service import Ask, Delta, Usage
 from cluster.front.stop_strings import StopStrings
@@ -26,8 +27,10 @@ from diptych.types import (
     BlockHash,
     ClusterStatus,
     Emission,
+    Explanation,
     Finish,
     FrontId,
+    Outcome,
     Outgoing,
     Placement,
     Request,
@@ -69,6 +72,10 @@ class SchedulerPort(Protocol):
 
     async def status(self) -> ClusterStatus: ...
 
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None: ...
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]: ...
+
 
 @dataclass(slots=True)
 class _Member:
@@ -98,6 +105,7 @@ class Dispatcher:
         self._identity = identity
         self._text = text
         self._scheduler = scheduler
+        self._outcomes = Outcomes(scheduler)
         self._members: dict[WorkerId, _Member] = {}
         self._inboxes: dict[RequestId, Inbox] = {}
         self._placed_on: dict[RequestId, Placement] = {}
@@ -132,6 +140,7 @@ class Dispatcher:
             self._forget(worker)
         if self._cancels:
             await asyncio.wait(self._cancels, timeout=self._identity.patience_seconds)
+        self._outcomes.close()
 
     def _forget(self, worker: WorkerId) -> None:
         if reader := self._members.pop(worker).reader:
@@ -185,6 +194,9 @@ class Dispatcher:
             self._status = (now, await self._scheduler.status())
         return self._status[1]
 
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        return await self._scheduler.explain(request)
+
     async def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
         root = tenant_root(self._identity.root, ask.tenant)
         request = Request(
@@ -200,15 +212,22 @@ class Dispatcher:
         )
         inbox = self._inboxes[request.id] = Inbox(self._patience)
         answer = _Answer(ask, self._text)
-        finished = False
+        finished, watch, error = False, Watch(request.id), "cancelled"
         try:
-            await self._submit(request, inbox)
+            await self._submit(request, inbox, watch)
             while not finished:
-                delta = answer.take(await self._next(request, inbox))
-                finished = delta.finish is not None
+                emissions = await self._next(request, inbox, watch)
+                watch.heard(emissions)
+                delta = answer.take(emissions)
+                if finished := delta.finish is not None:
+                    error = ""
                 if delta.tokens or finished:
                     yield delta
+        except ServingError as ended:
+            error = type(ended).__name__
+            raise
         finally:
+            self._outcomes.add(watch.outcome(error))
             placement = self._placed_on.pop(request.id, None)
             del self._inboxes[request.id]
             # An answer that ended by itself is over at the worker too; a stop string is only known here.
@@ -217,7 +236,7 @@ class Dispatcher:
 
     # ---- an attempt ---------------------------------------------------------------------------------------
 
-    async def _submit(self, request: Request, inbox: Inbox) -> None:
+    async def _submit(self, request: Request, inbox: Inbox, watch: Watch) -> None:
         shape = RequestShape(
             request=request.id,
             granules=request.granules,
@@ -226,6 +245,7 @@ class Dispatcher:
         )
         while True:
             placement = await self._scheduler.place(shape)
+            watch.placed()
             try:
                 member = await self._heard(placement.decode)
                 self._placed_on[request.id] = placement
@@ -247,7 +267,7 @@ class Dispatcher:
             raise WorkerLost(f"{worker} is gone")
         return member
 
-    async def _next(self, request: Request, inbox: Inbox) -> list[Emission]:
+    async def _next(self, request: Request, inbox: Inbox, watch: Watch) -> list[Emission]:
         while True:
             try:
                 return await inbox.wait_next(self._identity.patience_seconds)
@@ -255,7 +275,7 @@ class Dispatcher:
                 await self._check_alive(request, inbox)
             except WorkerLost:
                 self._again(inbox, request)
-                await self._submit(request, inbox)
+                await self._submit(request, inbox, watch)
 
     async def _check_alive(self, request: Request, inbox: Inbox) -> None:
         """Nothing was heard for long: a queue is no reason to give up, a silent worker is."""

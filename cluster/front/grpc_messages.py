@@ -122,10 +122,15 @@ def complete_of(request_id: str, finish: types.Finish, usage: service.Usage) -> 
         complete=GenerateComplete(
             finish_reason=_FINISHES[finish],
             usage=counts,
-            diptych=Served(**asdict(usage.served)),
+            diptych=served_of(usage.served),
             request_id=request_id,
         )
     )
+
+
+def served_of(served: types.Served) -> Served:
+    """How an answer was made, as clients are told."""
+    return Served(**asdict(served))
 
 
 def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:

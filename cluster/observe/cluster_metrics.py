@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cluster.observe.scheduler_metrics import scheduler_families
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -52,6 +54,7 @@ class ClusterCollector(Collector):
         if self._status is None:
             return
         yield from _cluster(self._status)
+        yield from scheduler_families(self._status)
         yield from _workers(self._status.workers)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
 
 if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
-    from diptych.types import ClusterStatus, Placement, Report, WorkerId, WorkerInfo
+    from diptych.types import ClusterStatus, Explanation, Outcome, Placement, Report, WorkerId, WorkerInfo
 
 
 class SchedulerActor:
@@ -21,6 +22,7 @@ class SchedulerActor:
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self._scheduler = Scheduler(spec)
+        self._decision_cpu_seconds = 0.0
 
     async def join(self, info: WorkerInfo) -> None:
         """Raises LayoutMismatch."""
@@ -36,7 +38,21 @@ class SchedulerActor:
 
     async def place(self, shape: RequestShape) -> Placement:
         """Raises NoWorker or PromptTooLong."""
-        return self._scheduler.place(shape, time.monotonic())
+        began = time.thread_time()
+        try:
+            return self._scheduler.place(shape, time.monotonic())
+        finally:
+            self._decision_cpu_seconds += time.thread_time() - began
+
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
+        """How answers went that a front had placed."""
+        now = time.monotonic()
+        for outcome in outcomes:
+            self._scheduler.finished(outcome, now)
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        """Raises UnknownRequest."""
+        return self._scheduler.explain(request, time.monotonic())
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process dies."""
@@ -44,4 +60,5 @@ class SchedulerActor:
 
     async def status(self) -> ClusterStatus:
         """The cluster as of now."""
-        return self._scheduler.status(time.monotonic())
+        status = self._scheduler.status(time.monotonic())
+        return replace(status, decision_cpu_seconds=self._decision_cpu_seconds)

@@ -7,7 +7,7 @@ A request's life in types: `Request` (front → decode), `Placement` (scheduler 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, NewType, TypeAlias
 
 from diptych.errors import ServingError
@@ -167,6 +167,10 @@ class Served:
     cached_tokens: int
     kv_blocks_sent: int = 0
     kv_bytes_sent: int = 0
+    kv_seconds: float = 0.0
+    """Its KV's way to decode, from the first parcel's word to the last one's landing."""
+    kv_wait_seconds: float = 0.0
+    """From the prompt's last computed token until its KV was whole at decode: what was not hidden."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -620,6 +624,67 @@ class QueueStatus(NamedTuple):
     """By reason."""
 
 
+class Accuracy(NamedTuple):
+    """Sums over ended requests whose placement predicted something; they only ever grow."""
+
+    outcomes: int = 0
+    """Those that had a first token."""
+    predicted_ttft_seconds: float = 0.0
+    actual_ttft_seconds: float = 0.0
+    ttft_error_seconds: float = 0.0
+    """Of |predicted - actual|, here and below."""
+    ttft_errors: tuple[int, ...] = ()
+    """Outcomes by |predicted - actual| / actual: those up to each of TTFT_ERROR_BOUNDS, then all others."""
+    itl_outcomes: int = 0
+    actual_itl_seconds: float = 0.0
+    itl_error_seconds: float = 0.0
+    hit_outcomes: int = 0
+    """Those that ran as they were placed."""
+    predicted_hit_tokens: int = 0
+    actual_hit_tokens: int = 0
+    hits_missed_tokens: int = 0
+    """Predicted to be cached and not found: the index said too much."""
+    hits_unforeseen_tokens: int = 0
+    """Found cached without having been predicted: the index said too little."""
+
+
+TTFT_ERROR_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+"""Of `Accuracy.ttft_errors`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedAt:
+    """One placement of a request, and when."""
+
+    placement: Placement
+    seconds: float
+    """After it was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A decision's record: what was asked, where it ran and why, and how it went."""
+
+    request: RequestId
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    max_tokens: int
+    ttft_seconds: float | None
+    """What its sender wished, as the two that follow."""
+    itl_seconds: float | None
+    deadline_seconds: float | None
+    age_seconds: float
+    """Since it was asked for."""
+    placements: tuple[PlacedAt, ...]
+    """More than one when a worker was lost before it spoke. None: it waits, or nobody could take it."""
+    refusal: str
+    """Why it was not placed; empty when it was, or still waits."""
+    outcome: Outcome | None
+    ended_seconds: float | None
+    """After it was asked for. None: it runs, or its front's word was lost."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """What `diptych status`, `/metrics` and readiness are made of."""
@@ -632,3 +697,7 @@ class ClusterStatus:
     """Distinct block names in the prefix index."""
     queues: tuple[QueueStatus, ...] = ()
     """Of the scheduler, the most important class first."""
+
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    decision_cpu_seconds: float = 0.0
+    """CPU time of all decisions so far."""

@@ -23,8 +23,10 @@ from diptych.errors import Internal, NoWorker, PromptTooLong, WorkerLost
 from diptych.hashing import KvIdentity
 from diptych.types import (
     ClusterStatus,
+    Explanation,
     FrontId,
     ModelSource,
+    Outcome,
     Placement,
     Report,
     Request,
@@ -116,6 +118,13 @@ class SchedulerHere:
 
     async def status(self) -> ClusterStatus:
         return self.it.status(time.monotonic())
+
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
+        for outcome in outcomes:
+            self.it.finished(outcome, time.monotonic())
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        return self.it.explain(request, time.monotonic())
 
     async def report(self, report: Report) -> bool:
         return self.it.report(report, time.monotonic())
@@ -585,5 +594,47 @@ def test_many_at_once_each_get_their_own(house: House_) -> None:
             answers = [f"answer number {number} " * (1 + number % 3) for number in range(24)]
             asks = [here.ask(answer, id=f"r{at}", prompt=f"question {at}") for at, answer in enumerate(answers)]
             assert await asyncio.gather(*map(here.text_of, asks)) == answers
+
+    run(test())
+
+
+def test_the_scheduler_hears_how_every_request_ended(house: House_) -> None:
+    async def test() -> None:
+        async with house("remote", p="prefill", d="decode") as here:
+            finished = asyncio.Event()
+            tell = here.scheduler.finished
+
+            async def hear(outcomes: tuple[Outcome, ...]) -> None:
+                await tell(outcomes)
+                finished.set()
+
+            here.scheduler.finished = hear
+            await here.text_of(here.ask("abcdef", id="whole"))
+            stream = here.dispatcher.generate(here.ask("x" * 400, id="cancelled"))
+            await anext(stream)
+            await stream.aclose()
+            with pytest.raises(PromptTooLong):
+                await here.said(here.ask(id="long", max_tokens=100_000))
+            await here.text_of(here.ask("abSTOPcd", id="stopped", stop=("STOP",)))
+            await asyncio.wait_for(finished.wait(), WAIT_SECONDS)
+            told = {name: await here.dispatcher.explain(name) for name in ("whole", "cancelled", "long", "stopped")}
+            assert all(len(each) == 1 for each in told.values())
+            ends = {name: (each.outcome.tokens, each.outcome.error) for name, [each] in told.items() if each.outcome}
+            assert ends["whole"] == (6, "")
+            assert ends["cancelled"][0] >= 1
+            assert ends["cancelled"][1] == "cancelled"
+            assert ends["long"] == (0, "PromptTooLong")
+            assert ends["stopped"][1] == ""
+            [whole], [long] = told["whole"], told["long"]
+            assert whole.outcome is not None
+            assert whole.outcome.served is not None
+            assert whole.ended_seconds is not None
+            assert whole.outcome.served.kv_bytes_sent == 8192
+            [placed] = whole.placements
+            assert placed.placement.how == "remote"
+            assert 0 < placed.seconds + whole.outcome.ttft_seconds <= whole.ended_seconds <= whole.age_seconds
+            assert whole.outcome.served.kv_seconds > 0
+            assert not long.placements
+            assert long.refusal.startswith("PromptTooLong: ")
 
     run(test())
