@@ -308,10 +308,11 @@ class Worker:
         return await future
 
     def _check_fits(self, request: Request) -> None:
-        needed, limit = len(request.tokens) + request.params.max_tokens, self.info.max_context
+        prompt_tokens = len(request.tokens) - request.said
+        needed, limit = prompt_tokens + request.params.max_tokens, self.info.max_context
         if needed > limit:
             raise PromptTooLong(
-                f"{len(request.tokens)} prompt tokens and {request.params.max_tokens} to generate are {needed}, "
+                f"{prompt_tokens} prompt tokens and {request.params.max_tokens} to generate are {needed}, "
                 f"{self.spec.id} holds {limit}: shorten the prompt, lower max_tokens or raise kv.memory",
                 param="max_tokens",
             )

@@ -130,6 +130,8 @@ class Front(Section):
     """HOST:PORT of diptych.v1; port 0 takes a free one."""
     count: Positive = 1
     """Processes that answer clients, each on ports of its own: PORT, PORT + 1 and so on."""
+    recovery_seconds: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 60.0
+    """How long an answer that lost its worker waits for another one to go on with it."""
 
     @property
     def http_address(self) -> Address:

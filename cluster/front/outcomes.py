@@ -45,8 +45,9 @@ class Watch:
         self._served: Served | None = None
 
     def placed(self) -> None:
-        """It is known where it runs. Again after an attempt that failed: the last one counts."""
-        self._placed = time.monotonic()
+        """It is known where it runs. Again after an attempt that said nothing: the last one counts."""
+        if self._first is None:
+            self._placed = time.monotonic()
 
     def heard(self, emissions: Sequence[Emission]) -> None:
         """The next tokens, if any."""

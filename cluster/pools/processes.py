@@ -82,6 +82,7 @@ class Processes:
                 model=self._site.model.name,
                 root=identity.root(),
                 patience_seconds=self._config.kv.lease_seconds,
+                recovery_seconds=self._config.front.recovery_seconds,
             ),
             model=self._site.model,
             http=str(http),

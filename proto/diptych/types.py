@@ -84,15 +84,20 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One answer to compute: a tokenised prompt, its block names and how to sample."""
+    """One answer to compute: a tokenised prompt, its block names and how to sample.
+
+    An answer that goes on elsewhere is a request whose prompt ends with what was said of it.
+    """
 
     id: RequestId
     front: FrontId
     tokens: tuple[int, ...]
     granules: tuple[BlockHash, ...]
-    """Names of the prompt's full 16-token granules; `root` is the name the chain starts from."""
+    """Names of the full 16-token granules of `tokens`; `root` is the name the chain starts from."""
     root: BlockHash
     params: SamplingParams
+    said: int = 0
+    """The last so many of `tokens` are the answer's: workers that were lost said them."""
     choice: int = 0
     priority: int = 0
     """Workers serve lower ones first, as vLLM does; -2**31 ≤ priority < 2**31."""

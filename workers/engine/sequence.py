@@ -62,7 +62,13 @@ class Sequence:
 
     @property
     def prompt_length(self) -> int:
+        """Tokens that were there when it came; of an answer that goes on, with what was said."""
         return len(self.request.tokens)
+
+    @property
+    def answer_start(self) -> int:
+        """Where the client's prompt ends."""
+        return self.prompt_length - self.request.said
 
     @property
     def prompt_blocks(self) -> int:
@@ -72,7 +78,7 @@ class Sequence:
     @property
     def generated(self) -> int:
         """Tokens generated: the index of the next one."""
-        return len(self.tokens) - self.prompt_length
+        return len(self.tokens) - self.answer_start
 
     @property
     def remaining(self) -> int:
