@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -126,8 +125,3 @@ class Sequence:
         self.prompt_scores = []
         if self.task == "decode":
             self.task = "answer"
-
-    def rows(self, start: int, count: int) -> tuple[SequenceOf[BlockId], range]:
-        """Blocks and positions of tokens [start, start + count)."""
-        positions = range(start, start + count)
-        return [self.blocks[position // self.block_size] for position in positions], positions
