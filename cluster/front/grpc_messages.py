@@ -147,7 +147,7 @@ def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
 
 def _worker_of(worker: types.WorkerStatus) -> WorkerStatus:
     info = asdict(worker.info)
-    del info["role"], info["layout"]
+    del info["role"], info["layout"], info["computes"]
     layout = KvLayout(**asdict(worker.info.layout))
     return WorkerStatus(
         info=WorkerInfo(**info, role=_ROLES[worker.info.role], layout=layout),

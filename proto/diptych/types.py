@@ -26,6 +26,8 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
+WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4"]
+"""auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""
@@ -440,6 +442,8 @@ class WorkerInfo:
     host: str
     pid: int
     threads: int
+    computes: str = ""
+    """With which kernels and weights, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -586,6 +590,7 @@ class WorkerSpec:
     """How long a hand-off may go without a sign of progress."""
     cache: str
     """Folder for converted weights; empty for none."""
+    weights: WeightFormat = "auto"
 
 
 # ---- the model, as every process knows it --------------------------------------------------------

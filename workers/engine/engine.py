@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import kernels
 from diptych.errors import Internal, ServingError
@@ -22,6 +20,10 @@ from workers.engine.kv_memory import KvMemory, locate_granules, private_memory, 
 from workers.engine.model_config import ModelConfig
 from workers.engine.sampling import Sampled, Sampler, score_prompt
 from workers.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gguf
 import numpy as np
 import torch
 from gguf.quants import quantize
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diptych.types import WeightFormat
 from kernels.cpu import panels
 from kernels.cpu.panels import PANEL_OF, Panels, RowFormat, Rows, panel_bytes, rows_of
 from workers.engine.layout import STACKED
 from workers.engine.weights import Weights
 
-WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4"]
-"""auto: the file's own 4 or 8 bits where there is a kernel, which changes no number, else bf16."""
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PackedWeights: TypeAlias = Mapping[str, Panels]
 """By product: `model.layers.3.qkv`, `.output`, `.gate_up`, `.down`, and `head`."""

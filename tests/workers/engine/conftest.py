@@ -13,7 +13,7 @@ import torch
 
 import kernels
 from diptych.types import ModelSource
-from workers.engine.batch import Batch
+from workers.engine.batch import Batch, ForwardPass
 from workers.engine.model import Model
 from workers.engine.weights import Weights, load_weights
 
@@ -35,8 +35,10 @@ class Fed:
 class Paged:
     """A model and an arena whose blocks are dealt out in no order."""
 
-    def __init__(self, weights: Weights, *, context: int = 1024, sequences: int = 4) -> None:
-        self.model = Model(weights, max_context=context, device=CPU)
+    def __init__(
+        self, weights: Weights, *, model: ForwardPass | None = None, context: int = 1024, sequences: int = 4
+    ) -> None:
+        self.model = model or Model(weights, max_context=context, device=CPU)
         config = weights.config
         count = context // BLOCK
         shape = (count * sequences, config.layers, 2, config.kv_heads, BLOCK, config.head_dim)
