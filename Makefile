@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full bench-relay bench-sampling bench-transfer check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-relay bench-sampling bench-transfer check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,12 +22,16 @@ install: ## Make .venv with everything that tests and checks need
 
 # Two at a time, but whole clusters one after the other: they take both cores.
 test: install ## The tests, end to end too; PYTEST_ARGS="-k ..." passes arguments
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not full" $(PYTEST_ARGS)
-	@exec $(BIN)/python -m pytest -m "e2e and not full" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not full and not k8s" $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -m "e2e and not full and not k8s" $(PYTEST_ARGS)
 
 test-full: test ## Also what takes longer than CI has, with real clients of all kinds
 	@$(BIN)/python -m pytest -m full $(PYTEST_ARGS)
 	@exec tests/clients/run --heavy
+
+k8s-check: ## Render every kustomization, validate and lint it; lint tests
+	@tools/setup.sh test,dev,k8s
+	@exec $(BIN)/python -m pytest -m "k8s and not full" tests/k8s $(PYTEST_ARGS)
 
 bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
 	@exec $(BIN)/python tests/bench/relay.py $(ARGS)

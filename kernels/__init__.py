@@ -5,6 +5,7 @@ implementation per device with the same name and signature; this module picks on
 device. Nobody passes a backend name.
 """
 
+from kernels.cpu.decoder import Segment
 from kernels.granules import pack_granules, unpack_granules
 from kernels.reference.attention import DecodeTable, decode_attention, prefill_attention
 from kernels.reference.blocks import write_kv
@@ -32,6 +33,7 @@ __all__ = [
     "Places",
     "Sampling",
     "Scores",
+    "Segment",
     "allow_",
     "apply_rope",
     "ban_",

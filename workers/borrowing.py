@@ -51,7 +51,8 @@ class Borrower:
         names = block_hashes(request.granules, size)[: (len(request.tokens) - 1) // size]
         had = pool.match(names)
         transfer = TransferId(f"{request.id}#{attempt}<{lender}>{self._spec.id}")
-        if request.params.prompt_logprobs is not None or had >= len(names) or (request.id, attempt) in self._loans:
+        scored = request.params.prompt_logprobs is not None and not request.said
+        if scored or had >= len(names) or (request.id, attempt) in self._loans:
             then()
             return
         # Held, or they could be evicted for what is to follow them.

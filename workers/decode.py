@@ -68,6 +68,8 @@ class _Answer:
     cached_elsewhere: int | None = None
     blocks_received: int = 0
     bytes_received: int = 0
+    kv_seconds: float = 0.0
+    kv_wait_seconds: float = 0.0
     spoke: bool = False
     """A token of it was sampled here."""
 
@@ -277,7 +279,8 @@ class DecodeRole:
         answer.blocks_received, answer.bytes_received = len(promise.generations), promise.nbytes
         self._effects.emit(answer.request.front, handoff.done.first)
         self._engine.join(answer.sequence, handoff.done.first.token)
-        self._receiver.committed(handoff.inbound)
+        if sample := self._receiver.committed(handoff.inbound):
+            answer.kv_seconds, answer.kv_wait_seconds = sample.seconds, sample.exposed_seconds
         transfer = handoff.transfer.id
         self._effects.call(handoff.prefill, lambda peer: peer.committed(transfer))
         handoff.transfer.advance(State.RELEASED)
@@ -330,6 +333,8 @@ class DecodeRole:
             cached_tokens=cached,
             kv_blocks_sent=answer.blocks_received,
             kv_bytes_sent=answer.bytes_received,
+            kv_seconds=answer.kv_seconds,
+            kv_wait_seconds=answer.kv_wait_seconds,
         )
 
     def _end(self, answer: _Answer, reason: str, *, tell_prefill: bool = True) -> None:

@@ -15,6 +15,7 @@ from diptych.types import (
     KvTicket,
     PrefillDone,
     PrefillOrder,
+    Request,
     RequestId,
     Served,
     TransferId,
@@ -141,7 +142,7 @@ class PrefillRole:
         """On dequeue, and not before: room is asked for when it is about to be needed."""
         for sequence in plan.computing:
             job = self._by_sequence.get(sequence)
-            if job and not job.asked and job.order.request.params.max_tokens > 1:
+            if job and not job.asked and _is_handed_over(job.order.request):
                 job.asked = True
                 request, attempt = job.order.request.id, job.order.attempt
                 self._effects.wait(
@@ -253,6 +254,11 @@ class PrefillRole:
 
 def _nobody(_: PrefillDone | ServingError) -> None:
     """The order was answered."""
+
+
+def _is_handed_over(request: Request) -> bool:
+    """Unless the token that prefill speaks is the last."""
+    return request.params.max_tokens > request.said + 1
 
 
 def _transfer_id(order: PrefillOrder) -> TransferId:

@@ -52,8 +52,8 @@ from workers.calls import Calls
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine, EngineLimits, layout_of
 from workers.engine.kv_memory import KvMemory
-from workers.engine.model import Model
-from workers.engine.weights import TORCH_DTYPE, load_weights
+from workers.engine.loading import load_model
+from workers.engine.weights import TORCH_DTYPE
 from workers.engine_thread import EngineThread, Roles, Snapshot
 from workers.lending import Lender
 from workers.memory import kv_bytes
@@ -104,6 +104,7 @@ class Worker:
         self._roles: Roles
         self._acquaintance: Acquaintance
         self._offer: KvOffer
+        self._computes = ""
         self.info: WorkerInfo
 
     # ---- life -----------------------------------------------------------------------------------------
@@ -308,21 +309,24 @@ class Worker:
         return await future
 
     def _check_fits(self, request: Request) -> None:
-        needed, limit = len(request.tokens) + request.params.max_tokens, self.info.max_context
+        prompt_tokens = len(request.tokens) - request.said
+        needed, limit = prompt_tokens + request.params.max_tokens, self.info.max_context
         if needed > limit:
             raise PromptTooLong(
-                f"{len(request.tokens)} prompt tokens and {request.params.max_tokens} to generate are {needed}, "
+                f"{prompt_tokens} prompt tokens and {request.params.max_tokens} to generate are {needed}, "
                 f"{self.spec.id} holds {limit}: shorten the prompt, lower max_tokens or raise kv.memory",
                 param="max_tokens",
             )
 
     def _build(self) -> Roles:
         spec, device = self.spec, torch.device(self.spec.device)
-        weights = load_weights(spec.model, spec.dtype, cache=Path(spec.cache) if spec.cache else None)
-        config = weights.config
+        cache = Path(spec.cache) if spec.cache else None
+        model, self._computes = load_model(
+            spec.model, spec.dtype, spec.weights, cache=cache, device=device, threads=spec.threads
+        )
+        config = model.config
         width = torch.empty(0, dtype=TORCH_DTYPE[spec.dtype]).element_size()
         block_bytes = config.layers * 2 * config.kv_heads * spec.block_size * config.head_dim * width
-        model = Model(weights, max_context=config.context, device=device)
         blocks = kv_bytes(spec.memory_bytes, device) // block_bytes
         if blocks < 2:
             raise InvalidRequest(
@@ -394,4 +398,5 @@ class Worker:
             host=self.spec.host,
             pid=os.getpid(),
             threads=self.spec.threads,
+            computes=self._computes,
         )

@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "status": Subcommand("cluster.cli.status", "Workers, roles, blocks, queues and hit rates."),
     "stop": Subcommand("cluster.cli.stop", "End a detached cluster."),
     "top": Subcommand("cluster.cli.top", "What every worker does now, refreshed."),
+    "explain": Subcommand("cluster.cli.explain", "Why a request ran where it did."),
     "pull": Subcommand("cluster.cli.pull", "Fetch a model and say where it lies."),
     "config": Subcommand("cluster.cli.config", "The whole effective configuration and where it came from."),
     "doctor": Subcommand("cluster.cli.doctor", "Check this machine and say how to mend it."),

@@ -142,6 +142,8 @@ class Front(Section):
     """HOST:PORT of diptych.v1; port 0 takes a free one."""
     count: Positive = 1
     """Processes that answer clients, each on ports of its own: PORT, PORT + 1 and so on."""
+    recovery_seconds: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 60.0
+    """How long an answer that lost its worker waits for another one to go on with it."""
 
     @property
     def http_address(self) -> Address:
@@ -233,6 +235,9 @@ class Engine(Section):
     gpus: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 0.0
     """GPUs of each worker, 0.5 for a half; 0 shares out those that Ray has when it is asked: where nodes come later,
     say it."""
+    weights: Literal["auto", "bf16", "int8", "int4"] = "auto"
+    """How a CPU keeps a bf16 model's weights: auto is the file's own 4 or 8 bits where it has them, else bf16, and
+    changes no number. int8 and int4 round what the file has in more."""
 
 
 class Cluster(Section):

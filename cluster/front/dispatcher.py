@@ -1,8 +1,9 @@
 """One request's life seen from the front: place, submit, read, fence, turn into text, end.
 
 Knows workers and the scheduler as objects with async methods; neither Ray nor HTTP nor gRPC.
-Decode owns the request, the front owns the retry: an attempt that died before its client saw a
-token is placed again; later ones end in an error that says so.
+Decode owns the request, the front owns the retry: an attempt that died goes on elsewhere, from the
+prompt and what was said of the answer. What it takes is computed again or found in some cache, and
+tokens depend on what is before them alone, so its client sees a pause and nothing else.
 """
 
 from __future__ import annotations
@@ -15,27 +16,28 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.front.answer import Answer
 from cluster.front.fallback import Own, place_alone
 from cluster.front.inbox import Inbox
+from cluster.front.life import Life
+from cluster.front.outcomes import Outcomes, Watch
 from cluster.front.patience import Patience
 from cluster.front.scheduler_calls import SchedulerSilent
-from cluster.front.service import Ask, Delta, Usage
-from cluster.front.stop_strings import StopStrings
+from cluster.front.service import Ask, Delta
 from cluster.scheduler.costs import RequestShape, Rule
-from diptych.errors import DeadlineExceeded, Draining, ServingError, WorkerLost
+from diptych.errors import DeadlineExceeded, Draining, Overloaded, ServingError, WorkerLost
 from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
     ClusterStatus,
     Emission,
-    Finish,
+    Explanation,
     FrontId,
+    Outcome,
     Outgoing,
     Placement,
     Request,
     RequestId,
-    Served,
-    TokenLogprobs,
     WorkerId,
     WorkerInfo,
 )
@@ -43,7 +45,7 @@ from diptych.types import (
 if TYPE_CHECKING:
     from cluster.front.tokenizer import TextModel
 
-_ATTEMPTS = 3
+_PAUSE_SECONDS = 0.25
 _SILENCES = 2
 """Streams of a worker that end without a token, one after the other, until it is given up."""
 _PATIENCES = 3
@@ -79,6 +81,10 @@ class SchedulerPort(Protocol):
 
     async def status(self) -> ClusterStatus: ...
 
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None: ...
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]: ...
+
 
 @dataclass(slots=True)
 class _Member:
@@ -99,6 +105,8 @@ class FrontIdentity:
     """Block names of the cluster's model start from it."""
     patience_seconds: float
     """Silence after which a worker is asked whether it still has the request."""
+    recovery_seconds: float
+    """How long a request that lost its worker waits for another one."""
     how: Rule = "auto"
     """`placement.how`, for the time without a scheduler."""
 
@@ -110,6 +118,7 @@ class Dispatcher:
         self._identity = identity
         self._text = text
         self._scheduler = scheduler
+        self._outcomes = Outcomes(scheduler)
         self._members: dict[WorkerId, _Member] = {}
         self._inboxes: dict[RequestId, Inbox] = {}
         self._placed_on: dict[RequestId, Placement] = {}
@@ -117,6 +126,9 @@ class Dispatcher:
         self._cancels: set[asyncio.Task[None]] = set()
         self._status: tuple[float, ClusterStatus] | None = None
         self._patience = Patience()
+        self._changed = asyncio.Event()
+        """Set when the members changed, and then another one."""
+        self._stopping = False
 
     # ---- members --------------------------------------------------------------------------------------
 
@@ -133,18 +145,23 @@ class Dispatcher:
             member = self._members[worker] = _Member(info, port)
             member.reader = asyncio.ensure_future(self._read(worker, member))
             await asyncio.wait_for(member.opened.wait(), self._identity.patience_seconds)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def fail_all(self) -> None:
         """Requests that still run hear that this front is going away."""
+        self._stopping = True
         for request, inbox in self._inboxes.items():
             inbox.fail(Draining(f"{request} was cut off: the front that it came through is stopping"))
 
     async def close(self) -> None:
         """Cancels what is under way and stops listening."""
+        self._stopping = True
         for worker in list(self._members):
             self._forget(worker)
         if self._cancels:
             await asyncio.wait(self._cancels, timeout=self._identity.patience_seconds)
+        self._outcomes.close()
 
     def _forget(self, worker: WorkerId) -> None:
         if reader := self._members.pop(worker).reader:
@@ -198,6 +215,9 @@ class Dispatcher:
             self._status = (now, await self._scheduler.status())
         return self._status[1]
 
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        return await self._scheduler.explain(request)
+
     async def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
         root = tenant_root(self._identity.root, ask.tenant)
         request = Request(
@@ -211,52 +231,86 @@ class Dispatcher:
             priority=ask.priority,
             arrived=time.time(),
         )
-        inbox = self._inboxes[request.id] = Inbox(self._patience)
-        answer = _Answer(ask, self._text)
-        finished = False
+        life = Life(ask, request, Inbox(self._patience), Watch(request.id))
+        self._inboxes[request.id] = life.inbox
+        answer = Answer(ask, self._text)
+        finished, error = False, "cancelled"
         try:
-            await self._submit(ask, request, inbox)
+            await self._submit(life)
             while not finished:
-                delta = answer.take(await self._next(ask, request, inbox))
-                finished = delta.finish is not None
+                emissions = await self._next(life)
+                life.watch.heard(emissions)
+                delta = answer.take(emissions)
+                if finished := delta.finish is not None:
+                    error = ""
                 if delta.tokens or finished:
                     yield delta
+        except ServingError as ended:
+            error = type(ended).__name__
+            raise
         finally:
+            self._outcomes.add(life.watch.outcome(error))
             placement = self._placed_on.pop(request.id, None)
             self._contexts.pop(request.id, None)
             del self._inboxes[request.id]
             # An answer that ended by itself is over at the worker too; a stop string is only known here.
             if placement and not answer.ended_by_worker:
-                self._cancel(placement, request.id, inbox.attempt)
+                self._cancel(placement, request.id, life.inbox.attempt)
 
     # ---- an attempt ---------------------------------------------------------------------------------------
 
-    async def _submit(self, ask: Ask, request: Request, inbox: Inbox) -> None:
+    async def _submit(self, life: Life) -> None:
+        inbox = life.inbox
         while True:
-            placement = await self._place(_shape(ask, request))
+            request = life.continued()
+            placement = await self._place(life, request)
+            member = await self._heard(placement.decode)
+            if member is None:
+                await self._pause(life, WorkerLost(f"{placement.decode} is gone"))
+                continue
+            self._placed_on[request.id] = placement
+            if placement.priority is not None:
+                request = replace(request, priority=placement.priority)
             try:
-                member = await self._heard(placement.decode)
-                self._placed_on[request.id] = placement
-                sent = request if placement.priority is None else replace(request, priority=placement.priority)
-                await member.port.submit(sent, inbox.attempt, placement)
-            except WorkerLost:
-                if inbox.accepted:
-                    return  # it speaks: only its word that it has the request was lost
-                self._again(inbox, request)
+                await member.port.submit(request, inbox.attempt, placement)
+            except (WorkerLost, Draining) as error:
+                if inbox.spoke:
+                    return  # only its word that it has the request was lost
+                self._again(life, error)
             else:
                 return
 
-    async def _heard(self, worker: WorkerId) -> _Member:
-        """Raises WorkerLost when it is gone. A line that was cut may be mended in a moment."""
+    async def _place(self, life: Life, request: Request) -> Placement:
+        """Raises Overloaded for a new request; one that was placed before waits for a worker to come back."""
+        while True:
+            try:
+                placement = await self._turn(_shape(life.ask, request))
+            except Overloaded as error:
+                if not life.losses:
+                    raise
+                await self._pause(life, error)
+            else:
+                life.watch.placed()
+                return placement
+
+    async def _pause(self, life: Life, error: ServingError) -> None:
+        """Until the workers change, or a moment. Raises `error` when that has gone on for too long."""
+        now = asyncio.get_running_loop().time()
+        life.wait(now, now + self._identity.recovery_seconds, error)
+        with suppress(TimeoutError):
+            await self._patience.wait(self._changed.wait(), _PAUSE_SECONDS)
+
+    async def _heard(self, worker: WorkerId) -> _Member | None:
+        """None when it is gone. A line that was cut may be mended in a moment."""
         member = self._members.get(worker)
         if member:
             with suppress(TimeoutError):
                 await self._patience.wait(member.opened.wait(), self._identity.patience_seconds)
         if member is None or self._members.get(worker) is not member or not member.opened.is_set():
-            raise WorkerLost(f"{worker} is gone")
+            return None
         return member
 
-    async def _place(self, shape: RequestShape) -> Placement:
+    async def _turn(self, shape: RequestShape) -> Placement:
         """By the scheduler, when it is its turn; without one by this front's own rule, as far as that has room."""
         self._contexts[shape.request] = shape.context
         give_up = time.monotonic() + _PATIENCES * self._identity.patience_seconds
@@ -264,10 +318,7 @@ class Dispatcher:
             try:
                 return await self._scheduler.place(shape)
             except SchedulerSilent:
-                workers = [member.info for member in self._members.values()]
-                own = [Own(placement, self._contexts[one]) for one, placement in self._placed_on.items()]
-                placement = place_alone(shape, workers, own, self._identity.how)
-                if placement is not None:
+                if placement := self._place_alone(shape):
                     self._withdraw(shape.request)
                     return placement
                 if time.monotonic() > give_up:
@@ -276,34 +327,41 @@ class Dispatcher:
                 self._withdraw(shape.request)
                 raise
 
-    async def _next(self, ask: Ask, request: Request, inbox: Inbox) -> list[Emission]:
+    def _place_alone(self, shape: RequestShape) -> Placement | None:
+        workers = [member.info for member in self._members.values() if member.opened.is_set()]
+        own = [Own(placement, self._contexts[one]) for one, placement in self._placed_on.items()]
+        return place_alone(shape, workers, own, self._identity.how)
+
+    async def _next(self, life: Life) -> list[Emission]:
         while True:
             try:
-                return await inbox.wait_next(self._identity.patience_seconds)
+                return await life.inbox.wait_next(self._identity.patience_seconds)
             except TimeoutError:
-                await self._check_alive(request, inbox)
-            except WorkerLost:
-                self._again(inbox, request)
-                await self._submit(ask, request, inbox)
+                await self._check_alive(life)
+            except (WorkerLost, Draining) as error:
+                if self._stopping:
+                    raise
+                self._again(life, error)
+                await self._submit(life)
 
-    async def _check_alive(self, request: Request, inbox: Inbox) -> None:
+    async def _check_alive(self, life: Life) -> None:
         """Nothing was heard for long: a queue is no reason to give up, a silent worker is."""
-        decode = self._placed_on[request.id].decode
+        request, inbox = life.request.id, life.inbox
+        decode = self._placed_on[request].decode
         member, owned = self._members.get(decode), False
         with suppress(TimeoutError, ServingError):
             if member:
                 async with asyncio.timeout(self._identity.patience_seconds):
-                    owned = await member.port.owns(request.id, inbox.attempt)
+                    owned = await member.port.owns(request, inbox.attempt)
         if not owned:
-            inbox.fail(WorkerLost(f"{decode} fell silent while it answered {request.id}"))
+            inbox.fail(WorkerLost(f"{decode} fell silent while it answered {request}"))
 
-    def _again(self, inbox: Inbox, request: Request) -> None:
-        """Raises the error under way unless another attempt is allowed."""
-        if inbox.accepted or inbox.attempt + 1 >= _ATTEMPTS:
-            raise
-        if placement := self._placed_on.pop(request.id, None):
-            self._cancel(placement, request.id, inbox.attempt)
-        inbox.restart()
+    def _again(self, life: Life, error: ServingError) -> None:
+        """Raises `error` when it was the last attempt."""
+        life.lost(error)
+        if placement := self._placed_on.pop(life.request.id, None):
+            self._cancel(placement, life.request.id, life.inbox.attempt)
+        life.inbox.restart()
 
     def _cancel(self, placement: Placement, request: RequestId, attempt: int) -> None:
         member = self._members.get(placement.decode)
@@ -336,7 +394,7 @@ def _shape(ask: Ask, request: Request) -> RequestShape:
         request=request.id,
         granules=request.granules,
         prompt_tokens=len(request.tokens),
-        max_tokens=request.params.max_tokens,
+        max_tokens=request.params.max_tokens - request.said,
         priority=request.priority,
         tenant=ask.tenant,
         ttft_seconds=ask.ttft_seconds,
@@ -348,58 +406,3 @@ def _shape(ask: Ask, request: Request) -> RequestShape:
 def _own_id(id: RequestId) -> RequestId:  # noqa: A002
     """What workers call it. A caller may give an id again while they still speak for, or cancel, the one before."""
     return RequestId(f"{id}~{secrets.token_hex(4)}")
-
-
-class _Answer:
-    """From emissions to text."""
-
-    def __init__(self, ask: Ask, text: TextModel) -> None:
-        self._ask = ask
-        self._detokenizer = text.detokenizer(continued=ask.continued)
-        self._stops = StopStrings(ask.stop, include=ask.params.include_stop)
-        self._count = 0
-        self._served: Served | None = None
-        self._prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-        self.ended_by_worker = False
-
-    def take(self, emissions: list[Emission]) -> Delta:
-        """Everything these tokens add to the answer."""
-        text = ""
-        tokens: list[int] = []
-        kept: list[Emission] = []
-        for emission in emissions:
-            self._count += 1
-            self._served = emission.served or self._served
-            may_stop = self._count >= self._ask.params.min_tokens
-            self.ended_by_worker = emission.finish is not None
-            if emission.prompt_logprobs is not None:
-                self._prompt_logprobs = emission.prompt_logprobs
-            if emission.finish != "stop" or self._ask.params.include_stop:
-                kept.append(emission)
-                tokens.append(emission.token)
-                shown, found = self._stops.push(self._detokenizer.push(emission.token), may_stop=may_stop)
-                text += shown
-                if found:
-                    return self._delta(text, tokens, kept, "stop")
-            if emission.finish:
-                shown, found = self._stops.push(self._detokenizer.finish(), may_stop=may_stop)
-                text += shown if found else shown + self._stops.finish()
-                return self._delta(text, tokens, kept, "stop" if found else emission.finish)
-        return self._delta(text, tokens, kept, None)
-
-    def _delta(self, text: str, tokens: list[int], kept: list[Emission], finish: Finish | None) -> Delta:
-        usage = None
-        if finish:
-            assert self._served is not None, "a worker's first emission says how it is served"
-            usage = Usage(prompt_tokens=len(self._ask.tokens), completion_tokens=self._count, served=self._served)
-        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
-        return Delta(
-            text=text,
-            tokens=tuple(tokens),
-            fingerprints=tuple(each.fingerprint for each in kept if each.fingerprint is not None),
-            argmax=tuple(each.argmax for each in kept if each.argmax is not None),
-            logprobs=tuple(each.logprobs for each in kept if each.logprobs is not None),
-            prompt_logprobs=prompt_logprobs,
-            finish=finish,
-            usage=usage,
-        )

@@ -20,6 +20,7 @@ from diptych.errors import (
     Rejected,
     ServingError,
     UnknownModel,
+    UnknownRequest,
     WorkerLost,
 )
 
@@ -39,6 +40,7 @@ _ANSWERS: Final[dict[type[object], tuple[int, str]]] = {
     InvalidRequest: (400, "invalid_value"),
     PromptTooLong: (400, "context_length_exceeded"),
     UnknownModel: (404, "model_not_found"),
+    UnknownRequest: (404, "request_not_found"),
     Overloaded: (429, "overloaded"),
     NoWorker: (503, "no_worker"),
     Draining: (503, "draining"),

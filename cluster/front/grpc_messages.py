@@ -134,10 +134,15 @@ def complete_of(request_id: str, finish: types.Finish, usage: service.Usage) -> 
         complete=GenerateComplete(
             finish_reason=_FINISHES[finish],
             usage=counts,
-            diptych=Served(**asdict(usage.served)),
+            diptych=served_of(usage.served),
             request_id=request_id,
         )
     )
+
+
+def served_of(served: types.Served) -> Served:
+    """How an answer was made, as clients are told."""
+    return Served(**asdict(served))
 
 
 def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
@@ -166,7 +171,7 @@ def _queue_of(queue: types.QueueStatus) -> QueueStatus:
 
 def _worker_of(worker: types.WorkerStatus) -> WorkerStatus:
     info = asdict(worker.info)
-    del info["role"], info["layout"]
+    del info["role"], info["layout"], info["computes"]
     layout = KvLayout(**asdict(worker.info.layout))
     return WorkerStatus(
         info=WorkerInfo(**info, role=_ROLES[worker.info.role], layout=layout),

@@ -22,6 +22,7 @@ from cluster.front.asks import (
     max_context,
 )
 from cluster.front.grpc_calls import answering, write_within
+from cluster.front.grpc_explanations import explained
 from cluster.front.grpc_health import Health
 from cluster.front.grpc_messages import (
     check_request_id,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from cluster.front.grpc_calls import Context
     from cluster.front.request_log import Record
     from cluster.front.service import Ask, Delta, Service
-    from diptych.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
+    from diptych.v1.admin_pb2 import ExplainRequest, ExplainResponse, GetStatusRequest, GetStatusResponse
     from diptych.v1.inference_pb2 import (
         DetokenizeRequest,
         DetokenizeResponse,
@@ -174,6 +175,13 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         """The scheduler's view."""
         async with answering(context, self._log.record(_new_id(), "grpc", "GetStatus")):
             return status_of(await self._service.status(), ready=self._service.ready)
+
+    async def Explain(self, request: ExplainRequest, context: Context) -> ExplainResponse:
+        """A request's decision records."""
+        async with answering(context, self._log.record(_new_id(), "grpc", "Explain")):
+            if not request.request_id:
+                raise InvalidRequest("whose? Give the request_id that came with the answer", param="request_id")
+            return explained(await self._service.explain(request.request_id))
 
 
 def _new_id(kind: str = "req") -> str:

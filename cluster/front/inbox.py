@@ -1,8 +1,8 @@
 """What one answer's workers said, in order and once. Knows fencing, not text or networks.
 
 Everything carries (attempt, choice, index): only the current attempt and the next index is
-accepted, so a resumed zombie or a late prefill can't speak twice. The first token comes from
-prefill and the others from decode, on streams of their own: one that is early waits here.
+accepted, so a resumed zombie or a late prefill can't speak twice. An attempt's first token comes
+from prefill and the others from decode, on streams of their own: one that is early waits here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ class Inbox:
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self.attempt = 0
-        self._next = 0
+        self.said: list[int] = []
+        """Tokens accepted so far, of all attempts."""
+        self._start = 0
+        """The index at which this attempt goes on."""
         self._first: Emission | None = None
         self._early: dict[int, Emission] = {}
         self._ready: list[Emission] = []
@@ -29,8 +32,13 @@ class Inbox:
 
     @property
     def accepted(self) -> int:
-        """Tokens accepted so far."""
-        return self._next
+        """How many tokens were."""
+        return len(self.said)
+
+    @property
+    def spoke(self) -> bool:
+        """Whether a token of this attempt was accepted."""
+        return len(self.said) > self._start
 
     def put(self, outgoing: Outgoing) -> None:
         """Anything a worker said about this request."""
@@ -39,13 +47,13 @@ class Inbox:
         if isinstance(outgoing, Failure):
             self.fail(outgoing.error)
             return
-        if outgoing.index == 0:
+        if outgoing.index == self._start:
             self._check_first(outgoing)
-        if outgoing.index >= self._next:
+        if outgoing.index >= len(self.said):
             self._early.setdefault(outgoing.index, outgoing)
-        while (emission := self._early.pop(self._next, None)) is not None:
+        while (emission := self._early.pop(len(self.said), None)) is not None:
             self._ready.append(emission)
-            self._next += 1
+            self.said.append(emission.token)
         if self._ready:
             self._wake.set()
 
@@ -65,9 +73,10 @@ class Inbox:
         self._wake.set()
 
     def restart(self) -> None:
-        """Another attempt, of which nothing was heard yet."""
-        assert self._next == 0, "a client has tokens of this attempt"
+        """Another attempt goes on where the last one ended. What was accepted has been read."""
+        assert not self._ready, "tokens of the last attempt wait to be read"
         self.attempt += 1
+        self._start = len(self.said)
         self._first = None
         self._early.clear()
         self._error = None

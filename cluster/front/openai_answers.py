@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Json: TypeAlias = dict[str, object]
 Kind: TypeAlias = Literal["chat", "text"]
+_NOT_TOLD = frozenset(("kv_seconds", "kv_wait_seconds"))
+"""Of `Served`: times are for `diptych explain`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,7 @@ def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "diptych": asdict(served),
+        "diptych": {name: value for name, value in asdict(served).items() if name not in _NOT_TOLD},
     }
 
 

@@ -16,7 +16,7 @@ from workers.actors import answer
 
 if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
-    from diptych.types import ClusterStatus, Placement, RequestId
+    from diptych.types import ClusterStatus, Explanation, Outcome, Placement, RequestId
 
 T = TypeVar("T")
 SILENT_SECONDS = 2.0
@@ -71,6 +71,16 @@ class SchedulerCalls:
     async def status(self) -> ClusterStatus:
         """The cluster. Raises NoWorker when no scheduler answers."""
         return await self._ask(lambda handle: handle.status.remote())
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        """The records of its decisions. Raises UnknownRequest, or NoWorker when no scheduler answers."""
+        return await self._ask(lambda handle: handle.explain.remote(request))
+
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
+        """Once: a scheduler that dies meanwhile takes its statistics with it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_seconds):
+                await answer(self._handle.finished.remote(outcomes), "the scheduler")
 
     async def _is_over(self, asked: asyncio.Future[Any] | None, replaced: asyncio.Event) -> bool:
         """Whether there is an answer, or another one to ask, within the time that a scheduler may be silent."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from diptych.types import ClusterStatus, Finish, RequestId, SamplingParams, Served, TokenLogprobs
+from diptych.types import ClusterStatus, Explanation, Finish, RequestId, SamplingParams, Served, TokenLogprobs
 
 if TYPE_CHECKING:
     from cluster.front.tokenizer import TextModel
@@ -98,4 +98,8 @@ class Service(Protocol):
 
     async def status(self) -> ClusterStatus:
         """The scheduler's view, at most a second old."""
+        ...
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        """The decision's record of each of its choices. Raises UnknownRequest."""
         ...

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from cluster.observe.scheduler_metrics import scheduler_families
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -53,6 +55,7 @@ class ClusterCollector(Collector):
             return
         yield from _cluster(self._status)
         yield from _queues(self._status.queues)
+        yield from scheduler_families(self._status)
         yield from _workers(self._status.workers)
 
 

@@ -96,6 +96,7 @@ def first_members(config: Config, site: Site) -> list[WorkerSpec]:
             secret=site.secret,
             lease_seconds=config.kv.lease_seconds,
             cache=site.cache,
+            weights=config.engine.weights,
         )
         for role, count in counts
         for number in range(count)

@@ -114,7 +114,7 @@ class Pools:
         worker.info = info
         size = info.blocks * info.layout.block_bytes / 2**20
         tokens = info.blocks * info.layout.block_size
-        self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype})")
+        self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype}); {info.computes}")
 
     async def _start_first(self, worker: WorkerPart) -> None:
         await self._start_worker(worker)

@@ -79,7 +79,10 @@ class Processes:
         dtype = self._config.model.served_dtype
         # What a quantised wire rounded must never pass for what was computed.
         numbers = dtype if self._config.kv.wire == "native" else f"{dtype} over {self._config.kv.wire}"
-        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=dtype, kv_dtype=numbers)
+        # auto and bf16 are the same numbers; what was rounded further must not pass for them.
+        form = self._config.engine.weights
+        weights = dtype if dtype == "fp32" or form in ("auto", "bf16") else f"{dtype} from {form}"
+        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=weights, kv_dtype=numbers)
         spec = FrontSpec(
             identity=FrontIdentity(
                 id=front,
@@ -87,6 +90,7 @@ class Processes:
                 root=identity.root(),
                 patience_seconds=self._config.kv.lease_seconds,
                 how=self._config.placement.how,
+                recovery_seconds=self._config.front.recovery_seconds,
             ),
             model=self._site.model,
             http=str(http),

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from cluster.scheduler.costs import RequestShape
     from diptych.errors import ServingError
-    from diptych.types import ClusterStatus, Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
+    from diptych.types import ClusterStatus, Explanation, Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
 
 
 class SchedulerActor:
@@ -26,6 +30,7 @@ class SchedulerActor:
         self._scheduler = Scheduler(spec)
         self._waiting: dict[RequestId, asyncio.Future[Placement | None]] = {}
         self._turn: asyncio.TimerHandle | None = None
+        self._decision_cpu_seconds = 0.0
 
     async def join(self, info: WorkerInfo) -> None:
         """Raises LayoutMismatch."""
@@ -47,7 +52,8 @@ class SchedulerActor:
 
         Raises Overloaded, NoWorker, PromptTooLong or DeadlineExceeded.
         """
-        placement = self._scheduler.submit(shape, time.monotonic())
+        with self._deciding():
+            placement = self._scheduler.submit(shape, time.monotonic())
         if placement is not None:
             return placement
         turn = self._waiting[shape.request] = asyncio.get_running_loop().create_future()
@@ -70,9 +76,14 @@ class SchedulerActor:
             self._wait_turn()
 
     async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
-        """How placements went."""
+        """How answers went that a front had placed."""
+        now = time.monotonic()
         for outcome in outcomes:
-            self._scheduler.finished(outcome, time.monotonic())
+            self._scheduler.finished(outcome, now)
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        """Raises UnknownRequest."""
+        return self._scheduler.explain(request, time.monotonic())
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process dies."""
@@ -80,10 +91,21 @@ class SchedulerActor:
 
     async def status(self) -> ClusterStatus:
         """The cluster as of now."""
-        return self._scheduler.status(time.monotonic())
+        status = self._scheduler.status(time.monotonic())
+        return replace(status, decision_cpu_seconds=self._decision_cpu_seconds)
+
+    @contextmanager
+    def _deciding(self) -> Generator[None]:
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self._decision_cpu_seconds += time.thread_time() - began
 
     def _advance(self) -> None:
-        for request, placement in self._scheduler.advance(time.monotonic()):
+        with self._deciding():
+            gone = self._scheduler.advance(time.monotonic())
+        for request, placement in gone:
             _tell(self._waiting[request], placement)
         self._wait_turn()
 

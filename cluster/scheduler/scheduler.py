@@ -5,6 +5,7 @@ Knows no Ray and no clock (callers say what time it is). Tokens and KV never pas
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.forecast import TokenForecast
 from cluster.scheduler.gate import NEVER, Gate
 from cluster.scheduler.placement import Decision, place
+from cluster.scheduler.records import RECORDS, Records
 from cluster.scheduler.view import ClusterView, Reported, TimePassed, WorkerJoined, WorkerLeft, WorkerView
 from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingError
 from diptych.types import (
     ClusterStatus,
+    Explanation,
     KvLayout,
     ModelSource,
     Outcome,
@@ -31,7 +34,7 @@ from diptych.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 _SOON_SECONDS = 0.001
 """`next_turn` is at least so far away: a clock that just misses it must not spin."""
@@ -54,6 +57,8 @@ class SchedulerSpec:
     """Sequences that a worker takes on; None when it has no limit."""
     report_seconds: float = 0.1
     """Between a busy worker's reports, until that was seen."""
+    records: int = RECORDS
+    """Requests whose decisions are kept."""
 
 
 class Scheduler:
@@ -72,6 +77,7 @@ class Scheduler:
         )
         self._admission = Admission(spec.admission)
         self._charges = Charges(self._admission)
+        self._records = Records(spec.records)
         self._without_workers: float | None = None
         """Since when nobody can be placed though somebody waits."""
 
@@ -107,12 +113,16 @@ class Scheduler:
 
         Raises Overloaded when it would wait in vain, NoWorker or PromptTooLong when nobody can take it.
         """
+        with self._recording(shape, now):
+            return self._submit(shape, now)
+
+    def _submit(self, shape: RequestShape, now: float) -> Placement | None:
         self._view.apply(TimePassed(at=now))
         if self._admission.goes_first(shape):
             rank = rank_of(shape.priority)
             if (decision := self._open(shape, rank, now)) is not None:
                 self._admission.pass_by(shape, self._forecast.prefill_seconds(shape))
-                return self._placed(decision, shape, rank)
+                return self._placed(decision, shape, rank, now)
         seconds = self._forecast.prefill_seconds(shape)
         self._admission.add(shape, seconds, now, assumed=self._assumed_rate, ahead=self._gate.typical_bound_seconds)
         turn = self._admission.next(now)
@@ -145,6 +155,9 @@ class Scheduler:
                 break
             self._admission.withdraw(request)
             gone.append((request, placement))
+        for request, placement in gone:
+            if isinstance(placement, ServingError):
+                self._records.refused(request, placement, now)
         return gone
 
     def next_turn(self, now: float) -> float | None:
@@ -164,15 +177,21 @@ class Scheduler:
         self._admission.withdraw(request)
 
     def finished(self, outcome: Outcome, now: float) -> None:
-        """A request that was placed is over."""
+        """A front's last word of a request that was asked for."""
         self._charges.settle(outcome)
+        self._records.finished(outcome, now)
 
     def place(self, shape: RequestShape, now: float) -> Placement:
         """Now, whoever waits. Raises NoWorker or PromptTooLong. Counts against the workers until they next report."""
-        self._view.apply(TimePassed(at=now))
-        return self._placed(place(self._view, shape, self._spec.policy), shape, rank_of(shape.priority))
+        with self._recording(shape, now):
+            self._view.apply(TimePassed(at=now))
+            return self._placed(place(self._view, shape, self._spec.policy), shape, rank_of(shape.priority), now)
 
     # ---- seen ---------------------------------------------------------------------------------------------
+
+    def explain(self, request: str, now: float) -> tuple[Explanation, ...]:
+        """Each choice's record, by our id or by its caller's. Raises UnknownRequest."""
+        return self._records.explain(request, now)
 
     def status(self, now: float) -> ClusterStatus:
         """All that is known of every worker that joined and didn't leave, and of those who wait."""
@@ -183,6 +202,7 @@ class Scheduler:
             workers=tuple(_status(worker, now) for worker in self._view.workers.values()),
             requests_placed=self._view.requests_placed,
             index_blocks=self._view.index_blocks,
+            accuracy=self._records.accuracy,
             queues=tuple(map(_queue_status, CLASSES, self._admission.counts(now))),
         )
 
@@ -192,6 +212,15 @@ class Scheduler:
         self._admission.check()
 
     # ---- inside -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _recording(self, shape: RequestShape, now: float) -> Generator[None]:
+        self._records.asked(shape, now)
+        try:
+            yield
+        except ServingError as error:
+            self._records.refused(shape.request, error, now)
+            raise
 
     @property
     def _assumed_rate(self) -> float:
@@ -205,7 +234,7 @@ class Scheduler:
         if decision is None:
             return None
         self._admission.release(waiting, now)
-        placement = self._placed(decision, waiting.shape, rank)
+        placement = self._placed(decision, waiting.shape, rank, now)
         return placement if turn.priority == waiting.shape.priority else replace(placement, priority=turn.priority)
 
     def _open(self, shape: RequestShape, rank: int, now: float) -> Decision | None:
@@ -217,12 +246,13 @@ class Scheduler:
         decision = place(self._view, shape, self._spec.policy)
         return decision if self._gate.excess_seconds(decision.placed.computes, rank, now) <= 0 else None
 
-    def _placed(self, decision: Decision, shape: RequestShape, rank: int) -> Placement:
+    def _placed(self, decision: Decision, shape: RequestShape, rank: int, now: float) -> Placement:
         placed, self._without_workers = decision.placed, None
         token_seconds = self._forecast.token_seconds()
         self._gate.placed(placed.computes, rank, placed.tokens * token_seconds)
         self._charges.placed(shape, placed.tokens * token_seconds, token_seconds)
         self._view.apply(placed)
+        self._records.placed(shape, decision.placement, now)
         return decision.placement
 
     def _may_come_back(self, now: float) -> bool:

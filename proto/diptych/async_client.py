@@ -19,7 +19,7 @@ from diptych.calls import (
     raised_by_the_front,
     tokenize_request,
 )
-from diptych.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
+from diptych.v1.admin_pb2 import ExplainRequest, ExplainResponse, GetStatusRequest, GetStatusResponse
 from diptych.v1.admin_pb2_grpc import AdminServiceStub
 from diptych.v1.inference_pb2 import DetokenizeRequest, GenerateRequest, GenerateResponse, ListModelsRequest, Model
 from diptych.v1.inference_pb2_grpc import InferenceServiceStub
@@ -107,6 +107,11 @@ class AsyncClient:
         async with self._call():
             return await self._admin.GetStatus(GetStatusRequest(), timeout=self._timeout_seconds)
 
+    async def explain(self, request_id: str) -> ExplainResponse:
+        """Why a request ran where it did, and how that went. Raises UnknownRequest."""
+        async with self._call():
+            return await self._admin.Explain(ExplainRequest(request_id=request_id), timeout=self._timeout_seconds)
+
     async def close(self) -> None:
         """Cancels what is running and hangs up."""
         await self._channel.close()
@@ -174,3 +179,5 @@ class _Admin(Protocol):
     """The generated stub, which carries no types."""
 
     def GetStatus(self, request: GetStatusRequest, *, timeout: float | None) -> Awaitable[GetStatusResponse]: ...
+
+    def Explain(self, request: ExplainRequest, *, timeout: float | None) -> Awaitable[ExplainResponse]: ...

@@ -20,7 +20,7 @@ from diptych.calls import (
     raised_by_the_front,
     tokenize_request,
 )
-from diptych.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
+from diptych.v1.admin_pb2 import ExplainRequest, ExplainResponse, GetStatusRequest, GetStatusResponse
 from diptych.v1.admin_pb2_grpc import AdminServiceStub
 from diptych.v1.inference_pb2 import DetokenizeRequest, GenerateRequest, GenerateResponse, ListModelsRequest, Model
 from diptych.v1.inference_pb2_grpc import InferenceServiceStub
@@ -104,6 +104,11 @@ class Client:
         with self._call():
             return self._admin.GetStatus(GetStatusRequest(), timeout=self._timeout_seconds)
 
+    def explain(self, request_id: str) -> ExplainResponse:
+        """Why a request ran where it did, and how that went. Raises UnknownRequest."""
+        with self._call():
+            return self._admin.Explain(ExplainRequest(request_id=request_id), timeout=self._timeout_seconds)
+
     def close(self) -> None:
         """Cancels what is running and hangs up."""
         self._channel.close()
@@ -175,3 +180,5 @@ class _Admin(Protocol):
     """The generated stub, which carries no types."""
 
     def GetStatus(self, request: GetStatusRequest, *, timeout: float | None) -> GetStatusResponse: ...
+
+    def Explain(self, request: ExplainRequest, *, timeout: float | None) -> ExplainResponse: ...

@@ -5,6 +5,7 @@
     - InvalidRequest    a field is wrong or can't be honoured
     - PromptTooLong     more tokens than the model or the cache can hold
     - UnknownModel      no model of that name is served            404 / NOT_FOUND
+    - UnknownRequest    no record of that request is kept          404 / NOT_FOUND
   x Overloaded          ours, try again later                      429 / RESOURCE_EXHAUSTED
     - NoWorker          no live worker can take the request        503 / UNAVAILABLE
   x Draining            going away, ask elsewhere                  503 / FAILED_PRECONDITION
@@ -30,6 +31,7 @@ __all__ = [
     "ServingError",
     "TransferFailed",
     "UnknownModel",
+    "UnknownRequest",
     "WorkerLost",
 ]
 
@@ -62,6 +64,10 @@ class PromptTooLong(InvalidRequest):
 
 class UnknownModel(Rejected):
     """No model of that name is served here."""
+
+
+class UnknownRequest(Rejected):
+    """No record of that request is kept, or none is any more."""
 
 
 class Overloaded(ServingError):

@@ -25,6 +25,7 @@ from diptych.errors import (
     Rejected,
     ServingError,
     UnknownModel,
+    UnknownRequest,
     WorkerLost,
 )
 
@@ -42,6 +43,7 @@ _CODES: Final[dict[type[object], grpc.StatusCode]] = {
     ServingError: grpc.StatusCode.INTERNAL,
     Rejected: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
+    UnknownRequest: grpc.StatusCode.NOT_FOUND,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     NoWorker: grpc.StatusCode.UNAVAILABLE,
     Draining: grpc.StatusCode.FAILED_PRECONDITION,

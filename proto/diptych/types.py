@@ -7,7 +7,7 @@ A request's life in types: `Request` (front → decode), `Placement` (scheduler 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, NewType, TypeAlias
 
 from diptych.errors import ServingError
@@ -26,6 +26,8 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
+WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4"]
+"""auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""
@@ -84,15 +86,20 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One answer to compute: a tokenised prompt, its block names and how to sample."""
+    """One answer to compute: a tokenised prompt, its block names and how to sample.
+
+    An answer that goes on elsewhere is a request whose prompt ends with what was said of it.
+    """
 
     id: RequestId
     front: FrontId
     tokens: tuple[int, ...]
     granules: tuple[BlockHash, ...]
-    """Names of the prompt's full 16-token granules; `root` is the name the chain starts from."""
+    """Names of the full 16-token granules of `tokens`; `root` is the name the chain starts from."""
     root: BlockHash
     params: SamplingParams
+    said: int = 0
+    """The last so many of `tokens` are the answer's: workers that were lost said them."""
     choice: int = 0
     priority: int = 0
     """Workers serve lower ones first, as vLLM does; -2**31 ≤ priority < 2**31."""
@@ -167,6 +174,10 @@ class Served:
     cached_tokens: int
     kv_blocks_sent: int = 0
     kv_bytes_sent: int = 0
+    kv_seconds: float = 0.0
+    """Its KV's way to decode, from the first parcel's word to the last one's landing."""
+    kv_wait_seconds: float = 0.0
+    """From the prompt's last computed token until its KV was whole at decode: what was not hidden."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -431,6 +442,8 @@ class WorkerInfo:
     host: str
     pid: int
     threads: int
+    computes: str = ""
+    """With which kernels and weights, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -577,6 +590,7 @@ class WorkerSpec:
     """How long a hand-off may go without a sign of progress."""
     cache: str
     """Folder for converted weights; empty for none."""
+    weights: WeightFormat = "auto"
 
 
 # ---- the model, as every process knows it --------------------------------------------------------
@@ -620,6 +634,67 @@ class QueueStatus(NamedTuple):
     """By reason."""
 
 
+class Accuracy(NamedTuple):
+    """Sums over ended requests whose placement predicted something; they only ever grow."""
+
+    outcomes: int = 0
+    """Those that had a first token."""
+    predicted_ttft_seconds: float = 0.0
+    actual_ttft_seconds: float = 0.0
+    ttft_error_seconds: float = 0.0
+    """Of |predicted - actual|, here and below."""
+    ttft_errors: tuple[int, ...] = ()
+    """Outcomes by |predicted - actual| / actual: those up to each of TTFT_ERROR_BOUNDS, then all others."""
+    itl_outcomes: int = 0
+    actual_itl_seconds: float = 0.0
+    itl_error_seconds: float = 0.0
+    hit_outcomes: int = 0
+    """Those that ran as they were placed."""
+    predicted_hit_tokens: int = 0
+    actual_hit_tokens: int = 0
+    hits_missed_tokens: int = 0
+    """Predicted to be cached and not found: the index said too much."""
+    hits_unforeseen_tokens: int = 0
+    """Found cached without having been predicted: the index said too little."""
+
+
+TTFT_ERROR_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+"""Of `Accuracy.ttft_errors`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedAt:
+    """One placement of a request, and when."""
+
+    placement: Placement
+    seconds: float
+    """After it was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A decision's record: what was asked, where it ran and why, and how it went."""
+
+    request: RequestId
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    max_tokens: int
+    ttft_seconds: float | None
+    """What its sender wished, as the two that follow."""
+    itl_seconds: float | None
+    deadline_seconds: float | None
+    age_seconds: float
+    """Since it was asked for."""
+    placements: tuple[PlacedAt, ...]
+    """More than one when a worker was lost before it spoke. None: it waits, or nobody could take it."""
+    refusal: str
+    """Why it was not placed; empty when it was, or still waits."""
+    outcome: Outcome | None
+    ended_seconds: float | None
+    """After it was asked for. None: it runs, or its front's word was lost."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """What `diptych status`, `/metrics` and readiness are made of."""
@@ -632,3 +707,7 @@ class ClusterStatus:
     """Distinct block names in the prefix index."""
     queues: tuple[QueueStatus, ...] = ()
     """Of the scheduler, the most important class first."""
+
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    decision_cpu_seconds: float = 0.0
+    """CPU time of all decisions so far."""

@@ -17,9 +17,11 @@ from cluster.front.service import Ask, Delta, Usage
 from cluster.front.tokenizer import TextModel
 from cluster.observe.metrics import FrontMetrics
 from diptych import Client
+from diptych.errors import UnknownRequest
 from diptych.types import (
     ClusterStatus,
     Counters,
+    Explanation,
     KvLayout,
     Load,
     ModelSource,
@@ -58,6 +60,7 @@ class ScriptedService:
     closed: Queue[RequestId] = field(default_factory=Queue)
     """The requests whose generators have ended, however."""
     held: Queue[RequestId] = field(default_factory=Queue)
+    explanations: dict[str, tuple[Explanation, ...]] = field(default_factory=dict)
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
         self.asks.append(ask)
@@ -104,6 +107,11 @@ class ScriptedService:
     async def status(self) -> ClusterStatus:
         workers = (_worker("prefill", leaked_blocks=0), _worker("decode", leaked_blocks=7))
         return ClusterStatus(model="tiny", build="b1", workers=workers, requests_placed=5, index_blocks=11)
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        if request not in self.explanations:
+            raise UnknownRequest(f"no record of {request!r}: the last 4,096 requests are kept")
+        return self.explanations[request]
 
 
 def _fingerprints(ask: Ask, tokens: tuple[int, ...]) -> tuple[bytes, ...]:

@@ -119,7 +119,7 @@ def test_a_wheel_holds_every_module_stub_and_marker_of_the_tree(source: Path, tm
     for name, home in homes.items():
         wanted = {
             str(file.relative_to(home))
-            for pattern in ("*.py", "*.pyi", "*.proto", "py.typed")
+            for pattern in ("*.py", "*.pyi", "*.proto", "py.typed", "*.cpp", "*.h")
             for file in (home / name).rglob(pattern)
         }
         assert wanted <= {str(file.relative_to(venv.packages)) for file in (venv.packages / name).rglob("*")}

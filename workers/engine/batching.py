@@ -196,5 +196,5 @@ class Batcher:
         sequence.named = len(cached)
         sequence.computed = len(cached) * self._block_size
         if not sequence.admissions:
-            sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
+            sequence.cached_tokens = min(sequence.computed, sequence.answer_start)
         return True

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import kernels
 from diptych.errors import Internal, ServingError
 from diptych.types import BlockId, Counters, KvLayout, KvLeg, KvSource, Load, ModelDtype, Wire
-from kernels.reference.attention import SPLIT
+from workers.engine.batch import Batch, ForwardPass
 from workers.engine.batching import Batcher, StepPlan, Work
 from workers.engine.blocks import BlockPool
 from workers.engine.kv_memory import KvMemory, locate_granules, private_memory, read_granules
-from workers.engine.model import Batch, Chunk, Model
 from workers.engine.model_config import ModelConfig
 from workers.engine.sampling import Sampled, Sampler, score_prompt
 from workers.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: ForwardPass,
         limits: EngineLimits,
         *,
         dtype: ModelDtype,
@@ -183,62 +184,22 @@ class Engine:
             if block not in in_use:
                 self.arena[block].zero_()
 
-    # ---- tensors ------------------------------------------------------------------------------------
-
-    def _ids(self, blocks: SequenceOf[BlockId]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._device)
-
     def _batch(self, plan: StepPlan, ready: list[Sequence], scored: list[Work]) -> Batch:
         # Attention visits split j for the rows that reach it: longest first.
         decodes = sorted(plan.decodes, key=lambda sequence: -len(sequence.tokens))
         tokens: list[int] = []
-        positions: list[int] = []
-        blocks: list[BlockId] = []
-        rows: dict[Sequence, int] = {}
+        segments: list[kernels.Segment] = []
         first_rows: dict[Sequence, int] = {}
-        chunks: list[Chunk] = []
+        last_rows: dict[Sequence, int] = {}
         for sequence, start, count in (*(Work(each, each.computed, 1) for each in decodes), *plan.chunks):
-            first_row = first_rows[sequence] = len(tokens)
+            first_rows[sequence] = len(tokens)
             tokens += sequence.tokens[start : start + count]
-            in_blocks, at = sequence.rows(start, count)
-            blocks += in_blocks
-            positions += at
-            rows[sequence] = len(tokens) - 1
-            if len(rows) > len(decodes):
-                padded = self._padded(sequence.blocks, start + count)
-                chunks.append(Chunk(first_row, len(tokens), start, self._ids(padded)))
-        wanted = [rows[sequence] for sequence in ready]
+            last_rows[sequence] = len(tokens) - 1
+            segments.append(kernels.Segment(start, count, sequence.blocks))
+        wanted = [last_rows[sequence] for sequence in ready]
         for sequence, _, count in scored:
             wanted += range(first_rows[sequence], first_rows[sequence] + count)
-        at_positions = self._ids_of(positions)
-        return Batch(
-            tokens=self._ids_of(tokens),
-            positions=at_positions,
-            blocks=self._ids(blocks),
-            offsets=at_positions % self.limits.block_size,
-            decode_rows=len(decodes),
-            table=self._table(decodes) if decodes else None,
-            chunks=tuple(chunks),
-            logit_rows=self._ids_of(wanted),
-        )
-
-    def _ids_of(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
-
-    def _table(self, decodes: list[Sequence]) -> kernels.DecodeTable:
-        longest = len(decodes[0].tokens)
-        reach = tuple(sum(len(each.tokens) > at for each in decodes) for at in range(0, longest, SPLIT))
-        padded = [self._padded(each.blocks, longest) for each in decodes]
-        lengths = [len(each.tokens) for each in decodes]
-        return kernels.DecodeTable(torch.tensor(padded, device=self._device), self._ids_of(lengths), reach)
-
-    def _padded(self, blocks: list[BlockId], length: int) -> list[BlockId]:
-        """Block ids for whole splits up to `length` positions.
-
-        Padded with a block of its own: what another sequence's holds may have just overflowed.
-        """
-        wanted = -(-length // SPLIT) * SPLIT // self.limits.block_size
-        return blocks[:wanted] + blocks[:1] * (wanted - len(blocks))
+        return Batch(tokens=tokens, segments=segments, decode_rows=len(decodes), wanted=wanted)
 
     # ---- what it says of itself -----------------------------------------------------------------------
 

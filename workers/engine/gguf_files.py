@@ -17,6 +17,7 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
+from kernels.cpu.panels import RowFormat, Rows
 from workers.engine.architectures import Architecture
 from workers.engine.gguf_config import from_gguf
 from workers.engine.model_config import ModelConfig, UnsupportedModel
@@ -26,6 +27,11 @@ TYPES = tuple(
     gguf.GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 )
+_BLOCKS: dict[gguf.GGMLQuantizationType, RowFormat] = {
+    gguf.GGMLQuantizationType.Q8_0: "Q8_0",
+    gguf.GGMLQuantizationType.Q4_1: "Q4_1",
+    gguf.GGMLQuantizationType.Q4_0: "Q4_0",
+}
 _ROPE_DIVISORS = "rope_freqs.weight"
 _PIECE = 1 << 24
 """Numbers dequantised at a time: 64 MiB in fp32, whatever the size of the tensor."""
@@ -93,6 +99,19 @@ class GgufModel:
         kind = self.config.architecture
         return {_name(label, kind, self._path): self._stored(tensor) for label, tensor in self._tensors.items()}
 
+    def quantised(self) -> dict[str, Rows]:
+        """Tensors whose blocks of 32 can be multiplied as they are, by Hugging Face's name."""
+        kind = self.config.architecture
+        rows: dict[str, Rows] = {}
+        for label, tensor in self._tensors.items():
+            form = _BLOCKS.get(tensor.tensor_type)
+            if form and tensor.data.ndim == 2:
+                data = tensor.data
+                if _is_paired(label, kind):
+                    data = np.ascontiguousarray(_halved(torch.from_numpy(data.copy()), self.config.head_dim).numpy())  # pyright: ignore[reportUnknownMemberType]
+                rows[_name(label, kind, self._path)] = Rows(form, data)
+        return rows
+
     def _stored(self, tensor: gguf.ReaderTensor) -> StoredTensor:
         return StoredTensor(
             file=self._path,
@@ -127,7 +146,7 @@ def _name(label: str, kind: Architecture, path: Path) -> str:
 def _convert(tensor: gguf.ReaderTensor, config: ModelConfig, to: Tensor) -> None:
     """A piece at a time, in whole rows (of Q and K: whole heads)."""
     kind = config.architecture
-    paired = kind.interleaved_gguf and (".attn_q." in tensor.name or ".attn_k." in tensor.name)
+    paired = _is_paired(tensor.name, kind)
     unit = config.head_dim if paired else 1
     data: Any = tensor.data
     rows = to.shape[0]
@@ -144,6 +163,10 @@ def _convert(tensor: gguf.ReaderTensor, config: ModelConfig, to: Tensor) -> None
         to[first : first + len(values)] = values
         if data.ndim == 1:
             return
+
+
+def _is_paired(label: str, kind: Architecture) -> bool:
+    return kind.interleaved_gguf and (".attn_q." in label or ".attn_k." in label)
 
 
 def _halved(rows: Tensor, head_dim: int) -> Tensor:

@@ -25,7 +25,7 @@ class LogitRules:
     def __init__(self, sequence: Sequence) -> None:
         self._sequence = sequence
         self.params = params = sequence.request.params
-        seen = sequence.request.tokens if params.repetition_penalty != 1 else ()
+        seen = sequence.tokens[: sequence.answer_start] if params.repetition_penalty != 1 else ()
         self._counts = TokenCounts(seen) if _penalises(params) else None
         self.bias_tokens = _ids(token for token, _ in params.logit_bias)
         self.bias = torch.tensor([bias for _, bias in params.logit_bias], dtype=torch.float32)
@@ -44,7 +44,7 @@ class LogitRules:
     def counts(self) -> TokenCounts | None:
         """Up to date; None without penalties."""
         if self._counts is not None:
-            self._counts.follow(self._sequence.tokens, self._sequence.prompt_length)
+            self._counts.follow(self._sequence.tokens, self._sequence.answer_start)
         return self._counts
 
     def banned(self) -> Tensor:

@@ -11,38 +11,10 @@ from torch import Tensor
 
 import kernels
 from workers.engine.architectures import Activation
+from workers.engine.batch import Batch, BatchTensors, batch_tensors
 from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
 from workers.engine.weights import Weights, stacked
-
-
-class Chunk(NamedTuple):
-    """Some prompt tokens of one sequence: rows [first_row, last_row) of the batch."""
-
-    first_row: int
-    last_row: int
-    start: int
-    """Position of the first of them."""
-    blocks: Tensor
-    """[whole splits] the sequence's block ids, padded with any valid id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One step: decode rows first, then prompt chunks."""
-
-    tokens: Tensor
-    """[rows] ids."""
-    positions: Tensor
-    """[rows]"""
-    blocks: Tensor
-    """[rows] the block each row's KV goes to, and `offsets` [rows] the place in it."""
-    offsets: Tensor
-    decode_rows: int
-    table: kernels.DecodeTable | None
-    chunks: tuple[Chunk, ...]
-    logit_rows: Tensor
-    """[wanted] rows whose logits are wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +83,9 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, arena: Tensor) -> Tensor:
         """Writes the batch's KV into `arena` and returns logits [wanted, vocabulary] in fp32."""
+        return self._forward(batch_tensors(batch, arena.shape[4], arena.device), arena)
+
+    def _forward(self, batch: BatchTensors, arena: Tensor) -> Tensor:
         epsilon = self.config.norm_epsilon
         ropes = [table[batch.positions] for table in self._ropes]
         hidden = self._embedding[batch.tokens]
@@ -131,7 +106,7 @@ class Model:
     def _ended(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else kernels.rms_norm(x, norm, self.config.norm_epsilon)
 
-    def _attention(self, normed: Tensor, layer: _Layer, cache: Tensor, rope: Tensor, batch: Batch) -> Tensor:
+    def _attention(self, normed: Tensor, layer: _Layer, cache: Tensor, rope: Tensor, batch: BatchTensors) -> Tensor:
         config = self.config
         rows = normed.shape[0]
         q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -152,7 +127,7 @@ class _Look(NamedTuple):
     soft_cap: float | None
 
 
-def _looked_up(q: Tensor, cache: Tensor, batch: Batch, look: _Look) -> Tensor:
+def _looked_up(q: Tensor, cache: Tensor, batch: BatchTensors, look: _Look) -> Tensor:
     """What each row's query finds. q: [rows, heads, head_dim] → the same shape."""
     scale, window, cap = look
     parts: list[Tensor] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -62,7 +61,13 @@ class Sequence:
 
     @property
     def prompt_length(self) -> int:
+        """Tokens that were there when it came; of an answer that goes on, with what was said."""
         return len(self.request.tokens)
+
+    @property
+    def answer_start(self) -> int:
+        """Where the client's prompt ends."""
+        return self.prompt_length - self.request.said
 
     @property
     def prompt_blocks(self) -> int:
@@ -72,7 +77,7 @@ class Sequence:
     @property
     def generated(self) -> int:
         """Tokens generated: the index of the next one."""
-        return len(self.tokens) - self.prompt_length
+        return len(self.tokens) - self.answer_start
 
     @property
     def remaining(self) -> int:
@@ -120,8 +125,3 @@ class Sequence:
         self.prompt_scores = []
         if self.task == "decode":
             self.task = "answer"
-
-    def rows(self, start: int, count: int) -> tuple[SequenceOf[BlockId], range]:
-        """Blocks and positions of tokens [start, start + count)."""
-        positions = range(start, start + count)
-        return [self.blocks[position // self.block_size] for position in positions], positions

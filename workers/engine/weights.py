@@ -7,7 +7,7 @@ weights that a step multiplies together lie together from the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diptych.types import ModelDtype, ModelSource
+from kernels.cpu.panels import Rows
 from workers.engine.config_json import from_folder
 from workers.engine.conversion import Conversion
 from workers.engine.gguf_files import GgufModel
@@ -36,6 +37,8 @@ class Weights:
 
     config: ModelConfig
     tensors: dict[str, Tensor]
+    quantised: Callable[[], dict[str, Rows]] = dict[str, "Rows"]
+    """The file's own numbers of those tensors that it has in few bits and that can be used so."""
 
 
 def load_weights(
@@ -99,13 +102,13 @@ def _fill(tensors: Iterable[tuple[str, Tensor]], stored: dict[str, StoredTensor]
 def _gguf(path: Path, digest: str, dtype: ModelDtype, cache: Path | None, room: int) -> Weights:
     conversion = Conversion(cache, digest, dtype, TORCH_DTYPE[dtype]) if cache else None
     if conversion and (kept := conversion.load()):
-        return Weights(config=kept[0], tensors=kept[1])
+        return Weights(config=kept[0], tensors=kept[1], quantised=lambda: GgufModel(path).quantised())
     model = GgufModel(path)
     config, stored = model.config, model.stored()
     check_declared(config, stored, path)
     check_room(config, TORCH_DTYPE[dtype], room, source=str(path))
     if conversion and (tensors := conversion.keep(config, lambda tensors: _fill(tensors.items(), stored))):
-        return Weights(config=config, tensors=tensors)
+        return Weights(config=config, tensors=tensors, quantised=model.quantised)
     tensors = laid_out(config.shapes, TORCH_DTYPE[dtype])
     _fill(tensors.items(), stored)
-    return Weights(config=config, tensors=tensors)
+    return Weights(config=config, tensors=tensors, quantised=model.quantised)

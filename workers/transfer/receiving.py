@@ -194,20 +194,20 @@ class Receiver:
         inbound.computed_at = self._clock.now()
         self.touch(inbound)
 
-    def committed(self, inbound: Inbound) -> None:
-        """It is in use, and tells how fast its link was. Who needed nothing sent learned nothing."""
+    def committed(self, inbound: Inbound) -> TransferSample | None:
+        """It is in use: how fast its link was. None when nothing had to be sent."""
         promise, began, landed, computed = inbound.promise, inbound.began_at, inbound.landed_at, inbound.computed_at
         if promise is None or began is None or landed is None or computed is None:
-            return
-        self._samples.append(
-            TransferSample(
-                sender=inbound.sender,
-                link=promise.ticket.link,
-                nbytes=promise.nbytes,
-                seconds=landed - began,
-                exposed_seconds=self._clock.now() - computed,
-            )
+            return None
+        sample = TransferSample(
+            sender=inbound.sender,
+            link=promise.ticket.link,
+            nbytes=promise.nbytes,
+            seconds=landed - began,
+            exposed_seconds=self._clock.now() - computed,
         )
+        self._samples.append(sample)
+        return sample
 
     def take_samples(self) -> tuple[TransferSample, ...]:
         """Of the latest hand-offs that were committed since; told once."""

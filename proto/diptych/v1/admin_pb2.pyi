@@ -1,3 +1,4 @@
+from diptych.v1 import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -182,3 +183,117 @@ class WorkerCounters(_message.Message):
     engine_cpu_seconds: float
     cancel_steps_max: int
     def __init__(self, steps: _Optional[int] = ..., decode_steps: _Optional[int] = ..., decode_rows: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., tokens_emitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., preemptions: _Optional[int] = ..., blocks_sent: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., blocks_received: _Optional[int] = ..., bytes_received: _Optional[int] = ..., transfers_committed: _Optional[int] = ..., transfers_failed: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., engine_cpu_seconds: _Optional[float] = ..., cancel_steps_max: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("explanations",)
+    EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
+    explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("request_id", "tenant", "priority", "prompt_tokens", "max_tokens", "wished_ttft_seconds", "wished_itl_seconds", "deadline_seconds", "age_seconds", "placements", "refusal", "outcome", "ended_seconds")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WISHED_TTFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WISHED_ITL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ENDED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    max_tokens: int
+    wished_ttft_seconds: float
+    wished_itl_seconds: float
+    deadline_seconds: float
+    age_seconds: float
+    placements: _containers.RepeatedCompositeFieldContainer[PlacedAt]
+    refusal: str
+    outcome: Outcome
+    ended_seconds: float
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wished_ttft_seconds: _Optional[float] = ..., wished_itl_seconds: _Optional[float] = ..., deadline_seconds: _Optional[float] = ..., age_seconds: _Optional[float] = ..., placements: _Optional[_Iterable[_Union[PlacedAt, _Mapping]]] = ..., refusal: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., ended_seconds: _Optional[float] = ...) -> None: ...
+
+class PlacedAt(_message.Message):
+    __slots__ = ("seconds", "how", "prefill_worker", "decode_worker", "prefix_from", "reason", "candidates", "predicted")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HOW_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FROM_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    how: str
+    prefill_worker: str
+    decode_worker: str
+    prefix_from: str
+    reason: str
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    predicted: Prediction
+    def __init__(self, seconds: _Optional[float] = ..., how: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefix_from: _Optional[str] = ..., reason: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., predicted: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("how", "prefill_worker", "decode_worker", "cost_seconds", "terms")
+    HOW_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    COST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    how: str
+    prefill_worker: str
+    decode_worker: str
+    cost_seconds: float
+    terms: _containers.RepeatedCompositeFieldContainer[CostTerm]
+    def __init__(self, how: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., cost_seconds: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ...) -> None: ...
+
+class CostTerm(_message.Message):
+    __slots__ = ("name", "seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    seconds: float
+    def __init__(self, name: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("wait_seconds", "ttft_seconds", "itl_seconds", "cached_tokens", "transfer_bytes")
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ITL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    wait_seconds: float
+    ttft_seconds: float
+    itl_seconds: float
+    cached_tokens: int
+    transfer_bytes: int
+    def __init__(self, wait_seconds: _Optional[float] = ..., ttft_seconds: _Optional[float] = ..., itl_seconds: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., transfer_bytes: _Optional[int] = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("queue_seconds", "ttft_seconds", "itl_seconds", "tokens", "served", "error")
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ITL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    queue_seconds: float
+    ttft_seconds: float
+    itl_seconds: float
+    tokens: int
+    served: _inference_pb2.Served
+    error: str
+    def __init__(self, queue_seconds: _Optional[float] = ..., ttft_seconds: _Optional[float] = ..., itl_seconds: _Optional[float] = ..., tokens: _Optional[int] = ..., served: _Optional[_Union[_inference_pb2.Served, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...

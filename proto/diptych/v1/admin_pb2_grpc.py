@@ -40,6 +40,11 @@ class AdminServiceStub:
                 request_serializer=diptych_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/diptych.v1.AdminService/Explain',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -53,6 +58,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request ran where it did, and how that went. Only the latest requests are kept: NOT_FOUND tells how many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=diptych_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class AdminService:
             '/diptych.v1.AdminService/GetStatus',
             diptych_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             diptych_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/Explain',
+            diptych_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

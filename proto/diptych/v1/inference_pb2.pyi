@@ -176,7 +176,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Served(_message.Message):
-    __slots__ = ("how", "prefill_worker", "decode_worker", "prompt_tokens_computed", "cached_tokens", "kv_blocks_sent", "kv_bytes_sent")
+    __slots__ = ("how", "prefill_worker", "decode_worker", "prompt_tokens_computed", "cached_tokens", "kv_blocks_sent", "kv_bytes_sent", "kv_seconds", "kv_wait_seconds")
     HOW_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +184,8 @@ class Served(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_SENT_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    KV_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KV_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     how: str
     prefill_worker: str
     decode_worker: str
@@ -191,7 +193,9 @@ class Served(_message.Message):
     cached_tokens: int
     kv_blocks_sent: int
     kv_bytes_sent: int
-    def __init__(self, how: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prompt_tokens_computed: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ...) -> None: ...
+    kv_seconds: float
+    kv_wait_seconds: float
+    def __init__(self, how: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prompt_tokens_computed: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_seconds: _Optional[float] = ..., kv_wait_seconds: _Optional[float] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat")

@@ -104,6 +104,9 @@ class OneWorker:
     async def status(self) -> ClusterStatus:
         raise NotImplementedError
 
+    async def finished(self, outcomes: object) -> None:
+        """Nobody learns here."""
+
 
 @pytest.fixture(scope="session")
 def front_over(loop: asyncio.AbstractEventLoop) -> Callable[..., AbstractContextManager[Stack]]:
@@ -115,7 +118,7 @@ def front_over(loop: asyncio.AbstractEventLoop) -> Callable[..., AbstractContext
     @contextmanager
     def over(text: TextModel, start: Callable[[], Awaitable[tuple[WorkerInfo, Any]]]) -> Iterator[Stack]:
         root = KvIdentity(model_digest="abcdef0123456789", weight_format="fp32", kv_dtype="fp32").root()
-        identity = FrontIdentity(id=FrontId("f"), model="tiny", root=root, patience_seconds=10.0)
+        identity = FrontIdentity(id=FrontId("f"), model="tiny", root=root, patience_seconds=10.0, recovery_seconds=10.0)
 
         async def begin() -> tuple[Dispatcher, Any]:
             info, port = await start()

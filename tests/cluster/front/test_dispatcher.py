@@ -19,12 +19,14 @@ from cluster.front.tokenizer import TextModel
 from cluster.scheduler.costs import Policy, RequestShape, Rule
 from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
 from diptych.build import build_identity
-from diptych.errors import Internal, NoWorker, PromptTooLong, WorkerLost
+from diptych.errors import Internal, NoWorker, Overloaded, PromptTooLong, WorkerLost
 from diptych.hashing import KvIdentity
 from diptych.types import (
     ClusterStatus,
+    Explanation,
     FrontId,
     ModelSource,
+    Outcome,
     Placement,
     Report,
     Request,
@@ -41,6 +43,7 @@ TINY = ModelSource(name="tiny", path="random:tiny", digest="abcdef0123456789")
 ROOT = KvIdentity(model_digest=TINY.digest, weight_format="fp32", kv_dtype="fp32").root()
 WAIT_SECONDS = 30.0
 PATIENCE_SECONDS = 0.3
+RECOVERY_SECONDS = 2.0
 
 Hook = Callable[..., Coroutine[Any, Any, None]]
 
@@ -120,6 +123,13 @@ class SchedulerHere:
     async def status(self) -> ClusterStatus:
         return self.it.status(time.monotonic())
 
+    async def finished(self, outcomes: tuple[Outcome, ...]) -> None:
+        for outcome in outcomes:
+            self.it.finished(outcome, time.monotonic())
+
+    async def explain(self, request: str) -> tuple[Explanation, ...]:
+        return self.it.explain(request, time.monotonic())
+
     async def report(self, report: Report) -> bool:
         return self.it.report(report, time.monotonic())
 
@@ -130,7 +140,13 @@ class House:
     def __init__(self, how: Rule, text: TextModel) -> None:
         self.scheduler = SchedulerHere(how)
         self.text = text
-        identity = FrontIdentity(id=FrontId("front"), model="tiny", root=ROOT, patience_seconds=PATIENCE_SECONDS)
+        identity = FrontIdentity(
+            id=FrontId("front"),
+            model="tiny",
+            root=ROOT,
+            patience_seconds=PATIENCE_SECONDS,
+            recovery_seconds=RECOVERY_SECONDS,
+        )
         self.dispatcher = Dispatcher(identity, text, self.scheduler)
         self.workers: dict[str, Worker] = {}
         self.ports: dict[str, Port] = {}
@@ -175,6 +191,18 @@ class House:
             if await seen:
                 return
             await asyncio.sleep(0.002)
+
+    def lose(self, name: str) -> None:
+        """As its death looks to the front and the scheduler."""
+        self.ports[name].cut.set()
+        self.scheduler.it.leave(WorkerId(name), 0)
+
+    async def computed(self) -> int:
+        """Prompt tokens, by all workers."""
+        counted: list[int] = []
+        for name in self.workers:
+            await self.until(name, lambda roles: counted.append(roles.engine.counters().prompt_tokens_computed) is None)
+        return sum(counted)
 
     async def free(self) -> None:
         """Until no worker holds a block."""
@@ -395,15 +423,114 @@ def test_a_worker_that_dies_with_the_request_in_its_queue_costs_a_pause(house: H
     run(test())
 
 
-def test_a_worker_lost_after_the_first_token_is_said(house: House_) -> None:
+WISHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 1.0, "seed": 7, "top_p": 0.9},
+    "penalised": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
+    "biased": {"logit_bias": ((70, 5.0), (80, 4.0)), "bad_words": ((70, 80), (90,)), "temperature": 0.7},
+    "scored": {"logprobs": 3, "prompt_logprobs": 2, "temperature": 1.0, "seed": 3},
+    "at least": {"min_tokens": 30, "stop_token_ids": tuple(range(3, 120)), "temperature": 1.0, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("how", ["remote", "local"])
+@pytest.mark.parametrize("wish", WISHES)
+def test_an_answer_whose_worker_is_lost_goes_on_elsewhere_bit_by_bit(house: House_, how: Rule, wish: str) -> None:
+    """Tokens, text, log-probabilities and the bits of the logits are those of an undisturbed run."""
+
+    async def test() -> None:
+        async with house(how, p="prefill", d="decode", e="decode") as here:
+            wanted = {"max_tokens": 40, "fingerprint": True, **WISHES[wish]}
+            clean = await here.said(here.ask(id="clean", prompt="Once upon a time there was", **wanted))
+            cut_at = len([token for delta in clean for token in delta.tokens]) // 2
+            heard: list[Delta] = []
+            async for delta in here.dispatcher.generate(here.ask(prompt="Once upon a time there was", **wanted)):
+                heard.append(delta)
+                if cut_at and sum(len(each.tokens) for each in heard) >= cut_at:
+                    cut_at = 0
+                    here.lose(next(iter(here.dispatcher._placed_on.values())).decode)
+            assert _whole(heard) == _whole(clean)
+            assert sum(port.cut.is_set() for port in here.ports.values()) == 1
+
+    run(test())
+
+
+def _whole(deltas: list[Delta]) -> dict[str, Any]:
+    return {
+        "text": "".join(delta.text for delta in deltas),
+        "tokens": [token for delta in deltas for token in delta.tokens],
+        "fingerprints": [bits for delta in deltas for bits in delta.fingerprints],
+        "logprobs": [score for delta in deltas for score in delta.logprobs],
+        "prompt_logprobs": [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs],
+        "finish": deltas[-1].finish,
+        "counts": (deltas[-1].usage.prompt_tokens, deltas[-1].usage.completion_tokens) if deltas[-1].usage else None,
+    }
+
+
+def test_what_prefill_still_has_is_not_computed_again(house: House_) -> None:
+    async def test() -> None:
+        async with house(p="prefill", d="decode", e="decode") as here:
+            prompt = "x" * 1000
+            stream = here.dispatcher.generate(here.ask(prompt=prompt, max_tokens=120))
+            said = 0
+            while said < 100:
+                said += len((await anext(stream)).tokens)
+            computed = await here.computed()
+            here.lose(next(iter(here.dispatcher._placed_on.values())).decode)
+            async for _ in stream:
+                pass
+            again = await here.computed() - computed
+            assert 0 < again <= 1000 // 5, f"{again} tokens were computed again"
+
+    run(test())
+
+
+def test_an_answer_waits_for_a_worker_to_come_back(house: House_) -> None:
+    async def test() -> None:
+        async with house() as here:
+            expected = await here.text_of(here.ask(id="clean", max_tokens=200))
+            stream = here.dispatcher.generate(here.ask(max_tokens=200))
+            heard = [(await anext(stream)).text]
+            here.lose("d")
+            rest = asyncio.ensure_future(_rest(stream))
+            while "d" in here.dispatcher._members:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            here.ports["d"] = Port(here.workers["d"])
+            here.scheduler.it.join(here.workers["d"].info, time.monotonic())
+            await here.meet("p", "d")
+            assert "".join(heard) + await rest == expected
+
+    run(test())
+
+
+async def _rest(stream: AsyncIterator[Delta]) -> str:
+    return "".join([delta.text async for delta in stream])
+
+
+def test_an_answer_that_nobody_can_go_on_with_ends_in_words(house: House_) -> None:
     async def test() -> None:
         async with house() as here:
             stream = here.dispatcher.generate(here.ask(max_tokens=1500))
             await anext(stream)
-            here.ports["d"].cut.set()
-            with pytest.raises(WorkerLost, match="d was lost while it answered r"):
-                async for _ in stream:
-                    pass
+            here.lose("d")
+            with pytest.raises(Overloaded, match="no pair of workers"):
+                await _rest(stream)
+
+    run(test())
+
+
+def test_a_request_that_costs_one_worker_after_the_other_is_given_up(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode", e="decode") as here:
+
+            async def lost() -> None:
+                raise WorkerLost("it died of this")
+
+            for port in here.ports.values():
+                port.before_submit = lost
+            with pytest.raises(WorkerLost, match="it died of this"):
+                await here.said(here.ask())
+            assert sum(port.calls["submit"] for port in here.ports.values()) == 4
 
     run(test())
 
@@ -499,16 +626,14 @@ def test_a_worker_that_is_not_heard_any_more_is_not_asked_either(house: House_) 
     run(test())
 
 
-def test_a_line_that_is_cut_costs_what_was_on_it_and_no_more(house: House_) -> None:
+def test_a_line_that_is_cut_costs_a_pause(house: House_) -> None:
     async def test() -> None:
         async with house() as here:
-            stream = here.dispatcher.generate(here.ask(id="cut", prompt="a" * 40, max_tokens=1500))
-            await anext(stream)
+            expected = await here.text_of(here.ask(id="clean", max_tokens=200))
+            stream = here.dispatcher.generate(here.ask(max_tokens=200))
+            heard = [(await anext(stream)).text]
             here.ports["d"].line_cut.set()
-            with pytest.raises(WorkerLost, match="d was lost"):
-                async for _ in stream:
-                    pass
-            assert await here.text_of(here.ask("abc")) == "abc"
+            assert "".join(heard) + await _rest(stream) == expected
 
     run(test())
 
@@ -588,5 +713,47 @@ def test_many_at_once_each_get_their_own(house: House_) -> None:
             answers = [f"answer number {number} " * (1 + number % 3) for number in range(24)]
             asks = [here.ask(answer, id=f"r{at}", prompt=f"question {at}") for at, answer in enumerate(answers)]
             assert await asyncio.gather(*map(here.text_of, asks)) == answers
+
+    run(test())
+
+
+def test_the_scheduler_hears_how_every_request_ended(house: House_) -> None:
+    async def test() -> None:
+        async with house("remote", p="prefill", d="decode") as here:
+            finished = asyncio.Event()
+            tell = here.scheduler.finished
+
+            async def hear(outcomes: tuple[Outcome, ...]) -> None:
+                await tell(outcomes)
+                finished.set()
+
+            here.scheduler.finished = hear
+            await here.text_of(here.ask("abcdef", id="whole"))
+            stream = here.dispatcher.generate(here.ask("x" * 400, id="cancelled"))
+            await anext(stream)
+            await stream.aclose()
+            with pytest.raises(PromptTooLong):
+                await here.said(here.ask(id="long", max_tokens=100_000))
+            await here.text_of(here.ask("abSTOPcd", id="stopped", stop=("STOP",)))
+            await asyncio.wait_for(finished.wait(), WAIT_SECONDS)
+            told = {name: await here.dispatcher.explain(name) for name in ("whole", "cancelled", "long", "stopped")}
+            assert all(len(each) == 1 for each in told.values())
+            ends = {name: (each.outcome.tokens, each.outcome.error) for name, [each] in told.items() if each.outcome}
+            assert ends["whole"] == (6, "")
+            assert ends["cancelled"][0] >= 1
+            assert ends["cancelled"][1] == "cancelled"
+            assert ends["long"] == (0, "PromptTooLong")
+            assert ends["stopped"][1] == ""
+            [whole], [long] = told["whole"], told["long"]
+            assert whole.outcome is not None
+            assert whole.outcome.served is not None
+            assert whole.ended_seconds is not None
+            assert whole.outcome.served.kv_bytes_sent == 8192
+            [placed] = whole.placements
+            assert placed.placement.how == "remote"
+            assert 0 < placed.seconds + whole.outcome.ttft_seconds <= whole.ended_seconds <= whole.age_seconds
+            assert whole.outcome.served.kv_seconds > 0
+            assert not long.placements
+            assert long.refusal.startswith("PromptTooLong: ")
 
     run(test())

@@ -72,10 +72,24 @@ def test_a_restart_forgets_what_came_early_and_what_failed() -> None:
     assert heard(inbox) == [1]
 
 
-def test_an_answer_that_has_begun_can_not_restart() -> None:
+def test_another_attempt_goes_on_where_the_last_one_ended() -> None:
     inbox = Inbox(Patience())
     inbox.put(said(0))
-    with pytest.raises(AssertionError, match="a client has tokens"):
+    inbox.put(said(1))
+    inbox.put(said(3))
+    assert heard(inbox) == [100, 101]
+    assert inbox.spoke
+    inbox.restart()
+    assert (inbox.said, inbox.spoke) == ([100, 101], False)
+    for late in (said(2), said(2, token=9, attempt=1), said(0, attempt=1), said(3, attempt=1)):
+        inbox.put(late)
+    assert heard(inbox) == [9, 103]
+
+
+def test_what_was_not_read_is_not_left_behind() -> None:
+    inbox = Inbox(Patience())
+    inbox.put(said(0))
+    with pytest.raises(AssertionError, match="wait to be read"):
         inbox.restart()
 
 

@@ -13,8 +13,8 @@ import torch
 
 import kernels
 from diptych.types import ModelSource
-from kernels.reference.attention import SPLIT
-from workers.engine.model import Batch, Chunk, Model
+from workers.engine.batch import Batch, ForwardPass
+from workers.engine.model import Model
 from workers.engine.weights import Weights, load_weights
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ class Fed:
 class Paged:
     """A model and an arena whose blocks are dealt out in no order."""
 
-    def __init__(self, weights: Weights, *, context: int = 1024, sequences: int = 4) -> None:
-        self.model = Model(weights, max_context=context, device=CPU)
+    def __init__(
+        self, weights: Weights, *, model: ForwardPass | None = None, context: int = 1024, sequences: int = 4
+    ) -> None:
+        self.model = model or Model(weights, max_context=context, device=CPU)
         config = weights.config
         count = context // BLOCK
         shape = (count * sequences, config.layers, 2, config.kv_heads, BLOCK, config.head_dim)
@@ -50,28 +52,13 @@ class Paged:
     def step(self, decodes: list[tuple[Fed, int]], chunks: list[tuple[Fed, list[int]]]) -> torch.Tensor:
         """One forward pass over single tokens and pieces of prompts: the logits of every row."""
         decodes = sorted(decodes, key=lambda each: -len(each[0].tokens))
-        tokens, positions, blocks = list[int](), list[int](), list[int]()
-        pieces: list[Chunk] = []
+        tokens, segments = list[int](), list[kernels.Segment]()
         for sequence, new in [*((each, [token]) for each, token in decodes), *chunks]:
-            start = len(sequence.tokens)
-            at = range(start, start + len(new))
-            if len(tokens) >= len(decodes):
-                pieces.append(Chunk(len(tokens), len(tokens) + len(new), start, whole_splits(sequence, at.stop)))
+            segments.append(kernels.Segment(len(sequence.tokens), len(new), sequence.blocks.tolist()))
             tokens += new
-            positions += at
-            blocks += [int(sequence.blocks[position // BLOCK]) for position in at]
             sequence.tokens += new
-        where = torch.tensor(positions)
-        batch = Batch(
-            tokens=torch.tensor(tokens),
-            positions=where,
-            blocks=torch.tensor(blocks),
-            offsets=where % BLOCK,
-            decode_rows=len(decodes),
-            table=table_of([sequence for sequence, _ in decodes]) if decodes else None,
-            chunks=tuple(pieces),
-            logit_rows=torch.arange(len(tokens)),
-        )
+        wanted = range(len(tokens))
+        batch = Batch(tokens=tokens, segments=segments, decode_rows=len(decodes), wanted=wanted)
         return self.model.forward(batch, self.arena)
 
     def feed(self, tokens: list[int], pieces: list[int]) -> torch.Tensor:
@@ -84,19 +71,6 @@ class Paged:
         logits += [self.step([(sequence, token)], []) for token in rest]
         self._free.append(sequence.blocks)
         return torch.cat(logits)
-
-
-def whole_splits(sequence: Fed, length: int) -> torch.Tensor:
-    return sequence.blocks[: -(-length // SPLIT) * SPLIT // BLOCK]
-
-
-def table_of(sequences: list[Fed]) -> kernels.DecodeTable:
-    """After their tokens were added, the longest first."""
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    reach = tuple(sum(length > at for length in lengths) for at in range(0, lengths[0], SPLIT))
-    return kernels.DecodeTable(
-        torch.stack([whole_splits(each, lengths[0]) for each in sequences]), torch.tensor(lengths), reach
-    )
 
 
 @pytest.fixture

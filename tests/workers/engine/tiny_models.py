@@ -86,9 +86,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def config_of(case: str) -> Any:
+def config_of(case: str, **more: Any) -> Any:
     name, fields = CASES[case]
-    return getattr(transformers, name)(**fields)
+    return getattr(transformers, name)(**fields | more)
 
 
 def some_tokens(count: int, seed: int = 0, below: int = SMALL["vocab_size"]) -> list[int]:

@@ -1,0 +1,48 @@
+// What queries find in a paged KV cache. Knows block tables, not sequences.
+//
+// As in kernels/reference/attention.py: keys are visited in splits of 256 positions from position 0
+// on, each split's softmax is whole in itself, and the parts are merged in order. So a query's
+// result has the same bits whatever rows came with it. Scores and sums are fp32; probabilities are
+// rounded to bf16 before they meet the values.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "product.h"
+
+namespace diptych {
+
+constexpr int64_t kSplit = 256;
+constexpr int64_t kTokens = 64;  // of a piece of a chunk: they share a split's keys, rearranged once
+
+struct Look {
+    int64_t heads, kv_heads, head_dim;
+    float scale, soft_cap;  // 0: no cap
+    int64_t window;         // keys each query sees, its own included; 0: all
+};
+
+// One layer of the cache: [blocks, 2, kv_heads, block_size, head_dim], a block every `block_stride`.
+struct Cache {
+    bf16* layer;
+    int64_t block_stride, block_size;
+};
+
+// Some tokens of one sequence, at positions start, start + 1, ...
+struct Segment {
+    const int32_t* blocks;
+    int64_t first_row, start, count;
+};
+
+// Scratch of one member of a team.
+struct Desk {
+    std::vector<bf16> keys, values, shares, panel;
+    std::vector<float> scores, output;
+    std::vector<float> total, maximum;
+};
+
+// Tokens [first, last) of the segment, the heads of one KV head. query, output: [rows, heads, head_dim].
+void attend(const bf16* query, bf16* output, const Look& look, const Cache& cache, const Segment& segment,
+            int64_t first, int64_t last, int64_t kv_head, Desk& desk);
+
+}  // namespace diptych
