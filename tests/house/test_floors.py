@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 TREE = Path(__file__).resolve().parents[2]
 HOMES = {"cluster": TREE, "workers": TREE, "kernels": TREE, "diptych": TREE / "proto"}
-TORCH_FREE_IN_ENGINE = tuple(f"workers.engine.{name}" for name in ("blocks", "eviction", "batching"))
-TORCH_FREE = ("cluster", "diptych", "workers.actors", *TORCH_FREE_IN_ENGINE)
+TORCH_FREE_IN_WORKERS = (
+    *(f"workers.engine.{name}" for name in ("blocks", "eviction", "batching", "sequence")),
+    "workers.report_pace",
+    "workers.samples",
+)
+TORCH_FREE = ("cluster", "diptych", "workers.actors", *TORCH_FREE_IN_WORKERS)
 MAY_IMPORT = {
     "cluster": ("cluster", "diptych", "workers.actors"),
-    "cluster.simulate": ("cluster", "diptych", *TORCH_FREE_IN_ENGINE),
+    "cluster.simulate": ("cluster", "diptych", *TORCH_FREE_IN_WORKERS),
     "workers": ("workers", "kernels", "diptych"),
     "kernels": ("kernels",),
     "diptych": ("diptych",),
@@ -161,9 +165,9 @@ def test_importing_every_module_of_a_torch_free_floor_loads_no_torch(floor: str)
     assert loaded_tensors(names) == ""
 
 
-def test_the_engines_bookkeeping_loads_no_torch() -> None:
+def test_the_workers_bookkeeping_loads_no_torch() -> None:
     """What the simulator runs for real."""
-    assert loaded_tensors([name for name in TORCH_FREE_IN_ENGINE if name in modules_by_name]) == ""
+    assert loaded_tensors([name for name in TORCH_FREE_IN_WORKERS if name in modules_by_name]) == ""
 
 
 def loaded_tensors(names: list[str]) -> str:
