@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from cluster.scheduler.costs import RequestShape, Rule
     from cluster.scheduler.forecast import Forecast
-    from cluster.scheduler.view import ClusterView, WorkerView
+    from cluster.scheduler.view import ClusterView, RequestPlaced, WorkerView
     from diptych.types import WorkerId
 
 NEVER: Final = float("inf")
@@ -47,6 +47,8 @@ class Gate:
         self._gaps: dict[WorkerId, float] = {}
         self._let_through: defaultdict[WorkerId, list[float]] = defaultdict(lambda: [0.0] * len(CLASSES))
         """Seconds of work by rank, each at most what can be left of it."""
+        self._sent: dict[WorkerId, float] = {}
+        """When somebody to decode was last placed there."""
 
     def wait_seconds(self, shape: RequestShape, rank: int, now: float) -> float:
         """Until there is room for it: 0 is now, NEVER is not before a worker has news.
@@ -57,7 +59,7 @@ class Gate:
         if not (alone or (senders and receivers)):
             return 0.0
         wait = self._soonest(alone, shape, rank, now, decodes=True)
-        if wait > 0 and any(self._can_decode(worker, shape) for worker in receivers):
+        if wait > 0 and any(self._can_decode(worker, shape, now) for worker in receivers):
             wait = min(wait, self._soonest(senders, shape, rank, now, decodes=False))
         return wait
 
@@ -88,14 +90,16 @@ class Gate:
         known = self._gaps.get(worker, self._report_seconds)
         self._gaps[worker] = known + _NEWEST * (seconds - known)
 
-    def placed(self, worker: WorkerId, rank: int, seconds: float) -> None:
-        """It computes one more prompt."""
-        self._let_through[worker][rank] += seconds
+    def placed(self, placed: RequestPlaced, rank: int, seconds: float, now: float) -> None:
+        """So many seconds of work are on their way."""
+        self._let_through[placed.computes][rank] += seconds
+        self._sent[placed.decodes] = now
 
     def forget(self, worker: WorkerId) -> None:
         """It is gone."""
         self._gaps.pop(worker, None)
         self._let_through.pop(worker, None)
+        self._sent.pop(worker, None)
 
     def _backlog_seconds(self, worker: WorkerId, rank: int, now: float) -> float:
         """As the worker serves the more important first, what is left of its work is the less important's."""
@@ -130,7 +134,7 @@ class Gate:
     ) -> float:
         soonest = NEVER
         for worker in workers:
-            if self._can_decode(worker, shape) if decodes else self._can_compute(worker, shape):
+            if self._can_decode(worker, shape, now) if decodes else self._can_compute(worker, shape):
                 soonest = min(soonest, self.excess_seconds(worker.info.id, rank, now))
                 if soonest <= 0:
                     break
@@ -139,12 +143,18 @@ class Gate:
     def _can_compute(self, worker: WorkerView, shape: RequestShape) -> bool:
         return worker.load.waiting_requests == 0 or _has_room(worker, shape.prompt_tokens)
 
-    def _can_decode(self, worker: WorkerView, shape: RequestShape) -> bool:
-        if worker.load.waiting_requests + worker.placed_requests == 0:
+    def _can_decode(self, worker: WorkerView, shape: RequestShape, now: float) -> bool:
+        if self._waits_for_nobody(worker, now):
             return True
         # One token more: the answer's first.
         fits = _has_room(worker, shape.prompt_tokens + 1)
         return fits and (self._max_running is None or worker.requests < self._max_running)
+
+    def _waits_for_nobody(self, worker: WorkerView, now: float) -> bool:
+        """Nobody waits there, and nobody is on the way: a report that left before it arrived doesn't know of it."""
+        if worker.load.waiting_requests + worker.placed_requests:
+            return False
+        return now - self._sent.get(worker.info.id, -NEVER) > self.bound_seconds(worker.info.id)
 
 
 def _has_room(worker: WorkerView, tokens: int) -> bool:

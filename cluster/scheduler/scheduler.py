@@ -249,7 +249,7 @@ class Scheduler:
     def _placed(self, decision: Decision, shape: RequestShape, rank: int, now: float) -> Placement:
         placed, self._without_workers = decision.placed, None
         token_seconds = self._forecast.token_seconds()
-        self._gate.placed(placed.computes, rank, placed.tokens * token_seconds)
+        self._gate.placed(placed, rank, placed.tokens * token_seconds, now)
         self._charges.placed(shape, placed.tokens * token_seconds, token_seconds)
         self._view.apply(placed)
         self._records.placed(shape, decision.placement, now)
