@@ -120,7 +120,7 @@ class Gate:
     ) -> float:
         soonest = NEVER
         for worker in workers:
-            if self._can_decode(worker, shape) if decodes else _has_room(worker, shape.prompt_tokens):
+            if self._can_decode(worker, shape) if decodes else self._has_room(worker, shape.prompt_tokens):
                 soonest = min(soonest, self.excess_seconds(worker.info.id, rank, now))
                 if soonest <= 0:
                     break
@@ -128,10 +128,9 @@ class Gate:
 
     def _can_decode(self, worker: WorkerView, shape: RequestShape) -> bool:
         # One token more: the answer's first.
-        fits = _has_room(worker, shape.prompt_tokens + 1)
-        return fits and (self._max_running is None or worker.requests < self._max_running)
+        fits = self._has_room(worker, shape.prompt_tokens + 1)
+        return fits and (self._max_running is None or self._view.fleet.requests[worker.slot] < self._max_running)
 
-
-def _has_room(worker: WorkerView, tokens: int) -> bool:
-    """Blocks for so many tokens, whether it has some of them cached or not."""
-    return worker.room >= -(-tokens // worker.info.layout.block_size)
+    def _has_room(self, worker: WorkerView, tokens: int) -> bool:
+        """Blocks for so many tokens, whether it has some of them cached or not."""
+        return bool(self._view.fleet.room_blocks[worker.slot] >= -(-tokens // worker.info.layout.block_size))

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 from cluster.scheduler.admission import CLASSES, Admission, AdmissionPolicy, ClassCounts, Turn, rank_of
 from cluster.scheduler.charges import Charges
 from cluster.scheduler.costs import Policy, RequestShape
-from cluster.scheduler.forecast import TokenForecast
+from cluster.scheduler.explain import kept
+from cluster.scheduler.forecast import LearnedForecast
 from cluster.scheduler.gate import NEVER, Gate
 from cluster.scheduler.placement import Decision, place
 from cluster.scheduler.records import RECORDS, Records
-from cluster.scheduler.view import ClusterView, Reported, TimePassed, WorkerJoined, WorkerLeft, WorkerView
+from cluster.scheduler.view import (
+    ClusterView,
+    Reported,
+    RequestFinished,
+    TimePassed,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerView,
+)
 from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingError
 from diptych.types import (
     ClusterStatus,
@@ -65,7 +74,7 @@ class Scheduler:
     def __init__(self, spec: SchedulerSpec) -> None:
         self._spec = spec
         self._view = ClusterView(stale_seconds=spec.stale_seconds)
-        self._forecast = TokenForecast(self._view)
+        self._forecast = LearnedForecast(self._view)
         self._gate = Gate(
             self._view,
             self._forecast,
@@ -91,14 +100,12 @@ class Scheduler:
         """That incarnation is gone; a later one of the same name is not touched."""
         self._view.apply(WorkerLeft(worker=worker, epoch=epoch))
         if worker not in self._view.workers:
-            self._forecast.forget(worker)
             self._gate.forget(worker)
 
     def report(self, report: Report, now: float) -> bool:
         """Whether the worker's next report has to be a full one."""
         before = self._view.workers.get(report.worker)
         if before is not None and before.info.epoch == report.epoch and before.load.waiting_tokens:
-            self._forecast.learn(before, report, now)
             self._gate.reported(report.worker, now - before.heard)
         self._view.apply(Reported(report=report, at=now))
         worker = self._view.workers.get(report.worker)
@@ -177,12 +184,13 @@ class Scheduler:
         """A front's last word of a request that was asked for."""
         self._charges.settle(outcome)
         self._records.finished(outcome, now)
+        self._view.apply(RequestFinished(outcome=outcome))
 
     def place(self, shape: RequestShape, now: float) -> Placement:
         """Now, whoever waits. Raises NoWorker or PromptTooLong. Counts against the workers until they next report."""
         with self._recording(shape, now):
             self._view.apply(TimePassed(at=now))
-            return self._placed(place(self._view, shape, self._spec.policy), shape, rank_of(shape.priority), now)
+            return self._placed(place(self._view, shape, self._spec.policy, now), shape, rank_of(shape.priority), now)
 
     # ---- seen ---------------------------------------------------------------------------------------------
 
@@ -238,10 +246,10 @@ class Scheduler:
     def _open(self, shape: RequestShape, rank: int, now: float) -> Decision | None:
         """Where it goes, if there is room."""
         if self._gate.wait_seconds(shape, rank, now) <= 0:
-            return place(self._view, shape, self._spec.policy)
+            return place(self._view, shape, self._spec.policy, now, rank)
         if not self._gate.may_go_elsewhere(shape, rank, now):
             return None
-        decision = place(self._view, shape, self._spec.policy)
+        decision = place(self._view, shape, self._spec.policy, now, rank)
         return decision if self._gate.excess_seconds(decision.placed.computes, rank, now) <= 0 else None
 
     def _placed(self, decision: Decision, shape: RequestShape, rank: int, now: float) -> Placement:
@@ -250,7 +258,7 @@ class Scheduler:
         self._gate.placed(placed.computes, rank, placed.tokens * token_seconds)
         self._charges.placed(shape, placed.tokens * token_seconds, token_seconds)
         self._view.apply(placed)
-        self._records.placed(shape, decision.placement, now)
+        self._records.placed(shape, decision.placement, now, kept(decision))
         return decision.placement
 
     def _may_come_back(self, now: float) -> bool:
