@@ -16,7 +16,7 @@ from cluster.simulate.asked import block_name
 from cluster.simulate.fleet import make_info
 from cluster.simulate.summary import percentile
 from diptych.hashing import GRANULE
-from diptych.types import Counters, Load, Outcome, Report, RequestId, StepSample, Stored, WorkerId
+from diptych.types import Counters, Load, Outcome, Report, RequestId, StepSample, Stored, TransferSample, WorkerId
 from workers.engine.blocks import BlockPool
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cluster.simulate.policy import Policy
     from cluster.simulate.trace import Trace, TraceRequest
     from diptych.types import BlockHash, WorkerInfo
+
+_NEVER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class Placed:
 class Instance:
     """One queue over one pool."""
 
-    def __init__(self, info: WorkerInfo, tokens_per_second: float) -> None:
+    def __init__(self, info: WorkerInfo, peer: WorkerId, tokens_per_second: float) -> None:
         self.info = info
         self.pool = BlockPool(info.blocks)
         self.queued_tokens = 0.0
@@ -52,6 +54,10 @@ class Instance:
         self._rate = tokens_per_second
         self._drained = 0.0
         self._told = 0
+        # There are no links between instances: a scheduler that lends prefixes must learn that it doesn't pay.
+        self._no_links = tuple(
+            TransferSample(peer, "gloo", nbytes, _NEVER_SECONDS, _NEVER_SECONDS) for nbytes in (1 << 20, 1 << 24)
+        )
 
     def drain(self, now: float) -> float:
         """Compute until now; how many tokens."""
@@ -91,6 +97,7 @@ class Instance:
             events=events if number else (Stored(()),),
             full=not number,
             steps=(sample,) if computed else (),
+            transfers=() if number else self._no_links,
         )
 
 
@@ -98,9 +105,10 @@ def place_all(trace: Trace, constants: Constants, policy: Policy) -> Placed:
     """The whole trace, as recorded: placement has no use for more speed."""
     placement = constants.placement
     room = constants.model_copy(update={"kv_tokens_per_worker": placement.blocks * trace.block_tokens})
+    ids = [WorkerId(f"mixed-{each}") for each in range(placement.instances)]
     instances = [
-        Instance(make_info(WorkerId(f"mixed-{each}"), "mixed", room, trace.block_tokens), placement.tokens_per_second)
-        for each in range(placement.instances)
+        Instance(make_info(one, "mixed", room, trace.block_tokens), other, placement.tokens_per_second)
+        for one, other in zip(ids, (*ids[1:], ids[0]), strict=True)
     ]
     for instance in instances:
         policy.join(instance.info, 0.0)
