@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -69,7 +70,11 @@ def simulate(
     from cluster.terminal import Terminal
 
     chosen = _constants(constants, settings, pools)
-    read = _trace(trace, block_tokens, chosen.trace.requests, seed)
+    read = _trace(trace, block_tokens, chosen.trace.requests)
+    if mode == "placement":
+        _place(read, chosen, names or _NAMES, json_file)
+        return
+    read = read.spread(seed)
     asked = _speeds(speeds) or (() if highest else (1.0,))
     with Terminal() as terminal:
         comparison = Comparison(trace=read, constants=chosen, kills=_kills(kills, chosen), tell=terminal.tell)
@@ -79,10 +84,29 @@ def simulate(
         _write(json_file, comparison, results, seed)
 
 
+def _place(trace: Trace, constants: Constants, names: Sequence[str], json_file: Path | None) -> None:
+    from cluster.simulate.compare import placements
+    from cluster.simulate.tables import placed_table, weights_used
+    from cluster.terminal import Terminal
+
+    with Terminal() as terminal:
+        results = list(placements(trace, constants, names, terminal.tell))
+    console, placement = _console(), constants.placement
+    console.print(
+        f"{trace.name}: {len(trace.requests):,} requests, {placement.instances} instances of {placement.blocks:,} "
+        f"blocks of {trace.block_tokens} tokens, {placement.tokens_per_second:,.0f} tokens a second each"
+    )
+    console.print(placed_table(results))
+    console.print(*weights_used(results), sep="\n", markup=False)
+    if json_file:
+        told = {"trace": trace.name, "constants": constants.model_dump(), "results": [asdict(one) for one in results]}
+        json_file.write_text(json.dumps(told, indent=1) + "\n")
+
+
 # ---- options ---------------------------------------------------------------------------------------
 
 
-def _trace(source: str, block_tokens: int | None, requests: int | None, seed: int) -> Trace:
+def _trace(source: str, block_tokens: int | None, requests: int | None) -> Trace:
     from cluster.simulate.readers import read_trace
     from cluster.simulate.trace import TraceError
 
@@ -90,7 +114,7 @@ def _trace(source: str, block_tokens: int | None, requests: int | None, seed: in
         read = read_trace(source, block_tokens=block_tokens)
     except TraceError as error:
         raise click.ClickException(str(error)) from error
-    return (read.head(requests) if requests else read).spread(seed)
+    return read.head(requests) if requests else read
 
 
 def _constants(path: str | None, settings: Sequence[str], pools: str | None) -> Constants:

@@ -1,22 +1,23 @@
-"""What serving a request in some place would cost, in tokens of prefill work. Chooses nothing.
+"""What serving a request on each worker would take, in seconds: columns beside the fleet's. Chooses nothing.
 
-The prefill side of a hand-off costs the same whichever worker decodes, and the decode side the
-same whichever prefills: no term needs the pair.
+Everything is computed for all workers at once, whatever their role: as who computes the prompt, and as
+who decodes it. No part needs the pair but the transfer, and that only whether the two share a host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import nlargest
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from diptych.types import BlockHash, CostTerm, RequestId, WorkerId
+import numpy as np
+
+from cluster.scheduler.fleet import FAR, NEAR, Array
+from diptych.types import BlockHash, RequestId
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from numpy.typing import NDArray
 
-    from cluster.scheduler.view import WorkerView
+    from cluster.scheduler.fleet import Fleet
 
 Rule: TypeAlias = Literal["auto", "remote", "local"]
 """`placement.how`. auto: the cheapest way."""
@@ -42,6 +43,11 @@ class RequestShape:
     """From the arrival: later than that nobody wants the answer."""
 
     @property
+    def rank(self) -> int:
+        """Of its priority: high, normal or low."""
+        return 0 if self.priority < 0 else 1 if self.priority == 0 else 2
+
+    @property
     def context(self) -> int:
         """The longest it can become, in tokens."""
         return self.prompt_tokens + self.max_tokens
@@ -49,120 +55,150 @@ class RequestShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Prices in tokens of prefill work. Priors: set by reasoning, not by measurement."""
+    """What placement is free to do and what it is held to."""
 
     how: Rule = "auto"
-    handoff: float = 16.0
-    """Fixed price of two workers instead of one: ticket, rendezvous, commit."""
-    transfer_per_block: float = 1.0
-    """Mostly hidden: blocks travel while the next chunk is computed."""
-    harm_per_running: float = 0.5
-    """Each prompt token computed on a worker delays each request it is decoding by so much."""
-    load_per_request: float = 8.0
-    """Each request on a decode worker makes every step of a newcomer slower."""
+    ttft_seconds: float | None = None
+    """For requests that have no wish of their own; None when nobody promised anything."""
+    itl_seconds: float | None = None
 
 
-class Option(NamedTuple):
-    """One worker for one side of the request, with the named parts of its cost."""
+@dataclass(slots=True, eq=False)
+class Estimate:
+    """One request on each worker, by slot. Seconds unless named otherwise."""
 
-    worker: WorkerView
-    terms: tuple[CostTerm, ...]
-    cost: float
+    # ---- to compute the prompt there ---------------------------------------------------------------
+    wait: Array
+    """Until what waits there is computed."""
+    reused_tokens: Array
+    """Cached there, or promised to be by then; in whole blocks."""
+    fetched_tokens: Array | None
+    """From the cache of `holder`; None where that pays for nobody."""
+    fetch: Array | None
+    holder: int
+    """Slot of who has most of the prompt; -1 when nobody has any."""
+    second_holder: int
+    """Who has most for the holder itself."""
+    prompt: Array
+    """What the prompt adds to the steps that compute it."""
+    compute: Array
+    """Those steps as a whole, with what else they decode."""
+    first_token: Array
+    """From now: wait, fetch and compute."""
 
+    # ---- to decode there ---------------------------------------------------------------------------
+    transfer: Array
+    """What of a hand-off isn't hidden behind computing. Two rows: from a worker of the same host, or not."""
+    room: Array | None
+    """Until blocks are free for it; None when all have room."""
+    step: Array
+    """One step with the newcomer in it."""
+    growth: Array
+    """What of it is due to the newcomer."""
+    rows: Array
+    """Requests that decode there already."""
+    missing_tokens: Array
+    """Of the prompt, to be sent there."""
+    answer_tokens: float
 
-Price: TypeAlias = Callable[["WorkerView"], tuple[float, ...]]
-"""The parts of a cost, without their names: every worker is priced, few are told of."""
-
-COMPUTE_TERMS = ("queue", "uncached tokens", "prefix fetch")
-STAY_TERMS = ("decode load", "wait for room")
-PREFILL_TERMS = COMPUTE_TERMS
-DECODE_TERMS = ("transfer", "disturbed decoding", *STAY_TERMS)
-ALONE_TERMS = (*COMPUTE_TERMS, "harm to running", *STAY_TERMS)
-
-
-class Fetch(NamedTuple):
-    """A prefix that another worker's cache has."""
-
-    holder: WorkerId
-    tokens: int
-    price: float
-
-
-class Costs:
-    """The prices of one request on any worker. Reads the view, keeps nothing."""
-
-    def __init__(
-        self, shape: RequestShape, policy: Policy, hits: Mapping[WorkerId, int], live: Callable[[WorkerId], bool]
-    ) -> None:
-        """`hits`: leading prompt tokens each worker has; `live` tells whether it would answer."""
-        self._prompt_tokens = shape.prompt_tokens
-        self._policy = policy
-        self._hits = hits
-        # Two: the best one, and who is best for that one itself.
-        self._holders = nlargest(2, (who for who in hits if live(who)), key=hits.__getitem__)
-
-    def uncached_tokens(self, worker: WorkerView) -> int:
-        """Prompt tokens to compute there."""
-        return self._prompt_tokens - self._reused_tokens(worker)
-
-    def computed_tokens(self, worker: WorkerView) -> int:
-        """Prompt tokens to compute there after its fetch, if there is one."""
-        fetch = self.fetch(worker)
-        return self.uncached_tokens(worker) - (fetch.tokens if fetch else 0)
-
-    def fetch(self, worker: WorkerView) -> Fetch | None:
-        """The prefix that is cheaper to get from another worker's cache than to compute."""
-        holder = next((who for who in self._holders if who != worker.info.id), None)
-        if holder is None:
-            return None
-        block_size = worker.info.layout.block_size
-        reachable = min(self._hits[holder], self._prompt_tokens - 1) // block_size * block_size
-        tokens = reachable - self._reused_tokens(worker)
-        price = self._policy.handoff + self._policy.transfer_per_block * tokens / block_size
-        return Fetch(holder, tokens, price) if price < tokens else None
-
-    def missing_blocks(self, worker: WorkerView) -> int:
-        """Blocks of the prompt that aren't there."""
-        return -(-self.uncached_tokens(worker) // worker.info.layout.block_size)
-
-    def prefill(self, worker: WorkerView) -> tuple[float, ...]:
-        """PREFILL_TERMS: to compute the prompt here and send it away."""
-        return self._compute(worker)
-
-    def decode(self, worker: WorkerView) -> tuple[float, ...]:
-        """DECODE_TERMS: to receive the prompt here and decode it."""
-        policy, missing = self._policy, self.missing_blocks(worker)
-        transfer = policy.handoff + policy.transfer_per_block * missing
-        # A prompt that is being computed here slows the decoding of whoever joins.
-        disturbed = policy.harm_per_running * worker.queued_tokens
-        return transfer, disturbed, *self._stay(worker, missing)
-
-    def alone(self, worker: WorkerView) -> tuple[float, ...]:
-        """ALONE_TERMS: to compute the prompt and decode it in one place."""
-        queue, uncached, fetch = self._compute(worker)
-        harm = self._policy.harm_per_running * uncached * worker.load.running_requests
-        return queue, uncached, fetch, harm, *self._stay(worker, self.missing_blocks(worker))
-
-    def _compute(self, worker: WorkerView) -> tuple[float, float, float]:
-        fetch = self.fetch(worker)
-        uncached = self.uncached_tokens(worker)
-        return worker.queued_tokens, uncached - (fetch.tokens if fetch else 0), fetch.price if fetch else 0.0
-
-    def _stay(self, worker: WorkerView, missing: int) -> tuple[float, float]:
-        # One more for the answer's first block. What doesn't fit waits for as many tokens to leave.
-        lacking = max(0, missing + 1 - worker.room)
-        return self._policy.load_per_request * worker.requests, lacking * worker.info.layout.block_size
-
-    def _reused_tokens(self, worker: WorkerView) -> int:
-        """In whole blocks. The block of the last token is always computed: its logits are needed."""
-        hit = self._hits.get(worker.info.id, 0)
-        if hit < self._prompt_tokens:
-            return hit
-        block_size = worker.info.layout.block_size
-        return (self._prompt_tokens - 1) // block_size * block_size
+    def holder_for(self, slot: int) -> int:
+        """Who lends that worker a prefix; asked only if it fetches."""
+        return self.second_holder if slot == self.holder else self.holder
 
 
-def option(worker: WorkerView, names: Sequence[str], parts: Sequence[float]) -> Option:
-    """The parts of a price with their names."""
-    terms = tuple(CostTerm(name, part) for name, part in zip(names, parts, strict=True))
-    return Option(worker, terms, sum(parts))
+def estimate(
+    fleet: Fleet,
+    prompt_tokens: int,
+    answer_tokens: float,
+    held: Array,
+    promised: Array | None,
+    idle_at: Array,
+    now: float,
+) -> Estimate:
+    """`idle_at`: by when each worker has computed what goes before it; `held`: leading prompt tokens that each has,
+    in whole blocks, `promised`: that it will have."""
+    reused = held if promised is None else np.maximum(held, promised)
+    if reused[reused.argmax()] >= prompt_tokens:
+        # The block of the last token is always computed: its logits are needed.
+        reused = reused - fleet.block_tokens * (reused >= prompt_tokens)
+    missing = prompt_tokens - reused
+    holder, second, fetched, fetch = _fetch(fleet, prompt_tokens, held * fleet.alive, reused)
+    computed = missing if fetched is None else missing - fetched
+    prompt = computed * (fleet.token_seconds + fleet.pair_seconds * (prompt_tokens - computed * 0.5))
+    beside = fleet.step_seconds + fleet.row_seconds * fleet.rows + fleet.context_seconds * fleet.context_tokens
+    compute = np.ceil(computed / fleet.step_tokens + 1e-9) * beside + prompt
+    wait = np.maximum(idle_at - now, 0.0)
+    first_token = wait + compute
+    if fetch is not None:
+        first_token += fetch
+    growth = fleet.row_seconds + fleet.context_seconds * (prompt_tokens + 0.5 * answer_tokens)
+    step = beside + growth
+    return Estimate(
+        wait=wait,
+        reused_tokens=reused,
+        fetched_tokens=fetched,
+        fetch=fetch,
+        holder=holder,
+        second_holder=second,
+        prompt=prompt,
+        compute=compute,
+        first_token=first_token,
+        transfer=fleet.exposed_seconds + fleet.exposed_byte_seconds * (missing * fleet.token_bytes),
+        room=_room(fleet, missing, answer_tokens, step),
+        step=step,
+        growth=growth,
+        rows=fleet.rows.copy(),
+        missing_tokens=missing,
+        answer_tokens=answer_tokens,
+    )
+
+
+def _fetch(fleet: Fleet, prompt_tokens: int, held: Array, reused: Array) -> tuple[int, int, Array | None, Array | None]:
+    """Who has most of the prompt, who has next to most, and for whom it is cheaper to get it than to compute it."""
+    holder = int(held.argmax())
+    top = float(held[holder])
+    if not top:
+        return -1, -1, None, None
+    held[holder] = 0.0
+    second = int(held.argmax())
+    fetched = _reach(fleet, top, prompt_tokens) - reused
+    fetched[holder] = _whole(fleet, holder, min(float(held[second]), prompt_tokens - 1.0)) - reused[holder]
+    fetched = np.maximum(fetched, 0.0)
+    if not fetched[fetched.argmax()]:
+        return holder, second, None, None
+    price = _price(fleet, holder, fetched * fleet.token_bytes)
+    # The pairs of the tokens fetched: each one looks at all before it.
+    saved = fetched * (fleet.token_seconds + fleet.pair_seconds * (reused + 0.5 * fetched))
+    pays: NDArray[np.bool_] = price < saved
+    if not pays[pays.argmax()]:
+        return holder, second, None, None
+    return holder, second, fetched * pays, price * pays
+
+
+def _reach(fleet: Fleet, held: float, prompt_tokens: int) -> Array | float:
+    """So much of a holder's prefix can each worker use, in whole blocks of its own."""
+    held = min(held, prompt_tokens - 1.0)
+    return held - held % (fleet.block_size or fleet.block_tokens)
+
+
+def _whole(fleet: Fleet, slot: int, tokens: float) -> float:
+    return tokens - tokens % float(fleet.block_tokens[slot])
+
+
+def _price(fleet: Fleet, holder: int, nbytes: Array) -> Array:
+    seconds, byte_seconds = fleet.fetch_seconds, fleet.fetch_byte_seconds
+    if len(fleet.by_host[1]) == 1:
+        return seconds[NEAR] + byte_seconds[NEAR] * nbytes
+    near: NDArray[np.bool_] = fleet.host == fleet.host[holder]
+    price: Array = seconds[FAR] + byte_seconds[FAR] * nbytes
+    np.copyto(price, seconds[NEAR] + byte_seconds[NEAR] * nbytes, where=near)
+    return price
+
+
+def _room(fleet: Fleet, missing: Array, answer_tokens: float, step: Array) -> Array | None:
+    """What doesn't fit waits for as many tokens to leave: all that are there do in the time of an answer."""
+    lacking = missing + answer_tokens - fleet.room_blocks * fleet.block_tokens
+    if lacking[lacking.argmax()] <= 0.0:
+        return None
+    there = np.maximum(fleet.context_tokens, fleet.block_tokens)
+    return np.maximum(lacking, 0.0) / there * answer_tokens * step

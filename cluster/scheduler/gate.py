@@ -2,24 +2,23 @@
 
 A prompt is placed when a worker that could compute it is about to run out of prompts, and a worker
 has room to decode it, or nobody who waits for its room: who is computed meanwhile joins at once when
-there is some. "About to" is twice the time between that worker's reports, as it was
-measured: once for us to learn that it is idle, once for what we send to be there. So no worker idles
-while a prompt that it could take waits, and few wait where their order can't be changed any more.
+there is some. "About to" is twice the time between that worker's reports, as it was measured: once
+for us to learn that it is idle, once for what we send to be there. So no worker idles while a prompt
+that it could take waits, and few wait where their order can't be changed any more.
 Workers serve by priority: for an important request the less important ones' work is not in its way.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from cluster.scheduler.admission import CLASSES
+import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from numpy.typing import NDArray
 
     from cluster.scheduler.costs import RequestShape, Rule
-    from cluster.scheduler.forecast import Forecast
+    from cluster.scheduler.fleet import Array
     from cluster.scheduler.view import ClusterView, RequestPlaced, WorkerView
     from diptych.types import WorkerId
 
@@ -32,131 +31,131 @@ _NOTHING_SECONDS = 1e-6
 """Rounding must not shut the gate at the very time at which it was said to open."""
 
 
-class Gate:
-    """Reads the view; keeps what it learned of reports and whom it let through."""
+class _Pools(NamedTuple):
+    """Who could take a request some day, by slot."""
 
-    def __init__(
-        self, view: ClusterView, forecast: Forecast, how: Rule, *, max_running: int | None, report_seconds: float
-    ) -> None:
+    senders: NDArray[np.bool_]
+    receivers: NDArray[np.bool_]
+    alone: NDArray[np.bool_]
+    """Those whose work it is to compute a prompt and decode it: a decode pool's only without prefill."""
+
+
+class Gate:
+    """Reads the view; keeps what it learned of reports. Columns by slot, as the fleet's."""
+
+    def __init__(self, view: ClusterView, how: Rule, *, max_running: int | None, report_seconds: float) -> None:
         """`max_running`: sequences that a worker takes on; `report_seconds`: between reports, until that was seen."""
         self._view = view
-        self._forecast = forecast
         self._how = how
-        self._max_running = max_running
+        self._max_running = NEVER if max_running is None else max_running
         self._report_seconds = report_seconds
-        self._gaps: dict[WorkerId, float] = {}
-        self._let_through: defaultdict[WorkerId, list[float]] = defaultdict(lambda: [0.0] * len(CLASSES))
-        """Seconds of work by rank, each at most what can be left of it."""
-        self._sent: dict[WorkerId, float] = {}
-        """When somebody to decode was last placed there."""
+        self._gaps = np.zeros(0)
+        """Seconds between reports; 0 until that was seen."""
+        self._waiting = np.zeros(0)
+        """Requests that wait there or are on their way."""
+        self._sent = np.zeros(0)
+        """When one was last sent there."""
+
+    # ---- asked --------------------------------------------------------------------------------------------
 
     def wait_seconds(self, shape: RequestShape, rank: int, now: float) -> float:
         """Until there is room for it: 0 is now, NEVER is not before a worker has news.
 
         Also 0 when nobody could ever take it: placing it says why.
         """
-        senders, receivers, alone = self._senders(shape), self._receivers(shape), self._alone(shape)
-        if not (alone or (senders and receivers)):
+        pools = self._pools(shape)
+        if not (pools.alone.any() or (pools.senders.any() and pools.receivers.any())):
             return 0.0
-        wait = self._soonest(alone, shape, rank, now, decodes=True)
-        if wait > 0 and any(self._can_decode(worker, shape, now) for worker in receivers):
-            wait = min(wait, self._soonest(senders, shape, rank, now, decodes=False))
+        excess, decodes = self._excess_seconds(rank, now), self._can_decode(shape)
+        wait = _least(excess, pools.alone & decodes)
+        if wait > 0 and (pools.receivers & decodes).any():
+            wait = min(wait, _least(excess, pools.senders & self._can_compute(shape)))
         return wait
 
     def may_go_elsewhere(self, shape: RequestShape, rank: int, now: float) -> bool:
         """Whether a decode worker, which computes prompts only where that is cheapest, could begin with it."""
-        if self._how != "auto" or not self._view.pool("prefill"):
+        fleet = self._view.fleet
+        if self._how != "auto" or not fleet.placeable["prefill"]:
             return False
-        decode = [worker for worker in self._view.pool("decode") if worker.info.max_context >= shape.context]
-        return self._soonest(decode, shape, rank, now, decodes=True) <= 0
+        decode = (fleet.decode == 0) & (fleet.most_tokens >= shape.context)
+        return _least(self._excess_seconds(rank, now), decode & self._can_decode(shape)) <= 0
 
-    def excess_seconds(self, worker: WorkerId, rank: int, now: float) -> float:
-        """Until the worker is about to run out of prompts as important; 0 when it is."""
-        excess = self._backlog_seconds(worker, rank, now) - self.bound_seconds(worker)
-        return excess if excess > _NOTHING_SECONDS else 0.0
-
-    def bound_seconds(self, worker: WorkerId) -> float:
-        """Work that keeps it from idling until we learn of it."""
-        return _GAPS * self._gaps.get(worker, self._report_seconds)
+    def is_open_at(self, worker: WorkerId, rank: int, now: float) -> bool:
+        """Whether it is about to run out of prompts as important."""
+        return bool(self._excess_seconds(rank, now)[self._view.workers[worker].slot] <= 0)
 
     @property
     def typical_bound_seconds(self) -> float:
-        """Mean of what the workers whose reports were timed have before them when somebody is placed there."""
-        gaps = self._gaps.values()
-        return _GAPS * (sum(gaps) / len(gaps) if gaps else self._report_seconds)
+        """Mean of what is before somebody where he is placed."""
+        seen = self._gaps[self._gaps > 0]
+        return _GAPS * (float(seen.mean()) if len(seen) else self._report_seconds)
 
-    def reported(self, worker: WorkerId, seconds: float) -> None:
-        """So long after its last report, in which prompts waited."""
-        known = self._gaps.get(worker, self._report_seconds)
-        self._gaps[worker] = known + _NEWEST * (seconds - known)
+    # ---- told ---------------------------------------------------------------------------------------------
 
-    def placed(self, placed: RequestPlaced, rank: int, seconds: float, now: float) -> None:
-        """So many seconds of work are on their way."""
-        self._let_through[placed.computes][rank] += seconds
-        self._sent[placed.decodes] = now
+    def joined(self, worker: WorkerView) -> None:
+        """Nothing is known of it."""
+        self._grow()
+        self._gaps[worker.slot] = self._waiting[worker.slot] = 0.0
+        self._sent[worker.slot] = -NEVER
 
-    def forget(self, worker: WorkerId) -> None:
-        """It is gone."""
-        self._gaps.pop(worker, None)
-        self._let_through.pop(worker, None)
-        self._sent.pop(worker, None)
+    def reported(self, before: WorkerView, waiting_requests: int, now: float) -> None:
+        """A worker's next report. One who was sent there a moment ago may not be counted in it."""
+        slot = before.slot
+        if before.load.waiting_tokens:
+            known = self._gaps[slot] or self._report_seconds
+            self._gaps[slot] = known + _NEWEST * (now - before.heard - known)
+        on_the_way = now - self._sent[slot] <= self._bounds_seconds()[slot]
+        self._waiting[slot] = max(waiting_requests, int(on_the_way))
 
-    def _backlog_seconds(self, worker: WorkerId, rank: int, now: float) -> float:
-        """As the worker serves the more important first, what is left of its work is the less important's."""
-        total = left = self._forecast.backlog_seconds(worker, now)
-        let_through = self._let_through[worker]
-        for less in range(len(CLASSES) - 1, -1, -1):
-            let_through[less] = min(let_through[less], left)
-            left -= let_through[less]
-        return total - sum(let_through[rank + 1 :])
+    def placed(self, placed: RequestPlaced) -> None:
+        """One more is on the way."""
+        for worker in {placed.computes, placed.placement.decode}:
+            slot = self._view.workers[worker].slot
+            self._waiting[slot] += 1
+            self._sent[slot] = placed.at
 
-    def _senders(self, shape: RequestShape) -> list[WorkerView]:
-        if self._how == "local":
-            return []
-        pool = self._view.pool("prefill") or self._view.pool("mixed")
-        return [worker for worker in pool if worker.info.max_context >= shape.prompt_tokens]
+    # ---- inside -------------------------------------------------------------------------------------------
 
-    def _receivers(self, shape: RequestShape) -> list[WorkerView]:
-        pool = self._view.pool("decode") or self._view.pool("mixed")
-        return [worker for worker in pool if worker.info.max_context >= shape.context]
+    def _pools(self, shape: RequestShape) -> _Pools:
+        fleet, how = self._view.fleet, self._how
+        prefill, decode, mixed = fleet.prefill == 0, fleet.decode == 0, fleet.mixed == 0
+        holds_prompt, holds_all = fleet.most_tokens >= shape.prompt_tokens, fleet.most_tokens >= shape.context
+        nobody = np.zeros_like(prefill)
+        alone = mixed | decode if how == "local" or not fleet.placeable["prefill"] else mixed
+        return _Pools(
+            senders=nobody if how == "local" else (prefill if fleet.placeable["prefill"] else mixed) & holds_prompt,
+            receivers=(decode if fleet.placeable["decode"] else mixed) & holds_all,
+            alone=nobody if how == "remote" else alone & holds_all,
+        )
 
-    def _alone(self, shape: RequestShape) -> list[WorkerView]:
-        """Those whose work it is to compute a prompt and decode it. A decode pool has that only without prefill."""
-        if self._how == "remote":
-            return []
-        pool = self._view.pool("mixed")
-        if self._how == "local" or not self._view.pool("prefill"):
-            pool = pool + self._view.pool("decode")
-        return [worker for worker in pool if worker.info.max_context >= shape.context]
+    def _bounds_seconds(self) -> Array:
+        """Work that keeps each from idling until we learn of it."""
+        return _GAPS * np.where(self._gaps > 0, self._gaps, self._report_seconds)
 
-    def _soonest(
-        self, workers: Iterable[WorkerView], shape: RequestShape, rank: int, now: float, *, decodes: bool
-    ) -> float:
-        soonest = NEVER
-        for worker in workers:
-            if self._can_decode(worker, shape, now) if decodes else self._can_compute(worker, shape):
-                soonest = min(soonest, self.excess_seconds(worker.info.id, rank, now))
-                if soonest <= 0:
-                    break
-        return soonest
+    def _excess_seconds(self, rank: int, now: float) -> Array:
+        """Until each is about to run out of prompts; 0 where it is."""
+        excess = self._view.fleet.idle_at[rank] - now - self._bounds_seconds()
+        return np.where(excess > _NOTHING_SECONDS, excess, 0.0)
 
-    def _can_compute(self, worker: WorkerView, shape: RequestShape) -> bool:
-        return worker.load.waiting_requests == 0 or _has_room(worker, shape.prompt_tokens)
+    def _can_compute(self, shape: RequestShape) -> NDArray[np.bool_]:
+        return (self._waiting == 0) | self._has_room(shape.prompt_tokens)
 
-    def _can_decode(self, worker: WorkerView, shape: RequestShape, now: float) -> bool:
-        if self._waits_for_nobody(worker, now):
-            return True
+    def _can_decode(self, shape: RequestShape) -> NDArray[np.bool_]:
         # One token more: the answer's first.
-        fits = _has_room(worker, shape.prompt_tokens + 1)
-        return fits and (self._max_running is None or worker.requests < self._max_running)
+        fits = self._has_room(shape.prompt_tokens + 1) & (self._view.fleet.requests < self._max_running)
+        return (self._waiting == 0) | fits
 
-    def _waits_for_nobody(self, worker: WorkerView, now: float) -> bool:
-        """Nobody waits there, and nobody is on the way: a report that left before it arrived doesn't know of it."""
-        if worker.load.waiting_requests + worker.placed_requests:
-            return False
-        return now - self._sent.get(worker.info.id, -NEVER) > self.bound_seconds(worker.info.id)
+    def _has_room(self, tokens: int) -> NDArray[np.bool_]:
+        """Blocks for so many tokens, whether some of them are cached or not."""
+        fleet = self._view.fleet
+        return fleet.room_blocks >= np.ceil(tokens / fleet.block_tokens)
+
+    def _grow(self) -> None:
+        more = len(self._view.fleet) - len(self._gaps)
+        self._gaps, self._waiting, self._sent = (
+            np.concatenate((column, np.zeros(more))) for column in (self._gaps, self._waiting, self._sent)
+        )
 
 
-def _has_room(worker: WorkerView, tokens: int) -> bool:
-    """Blocks for so many tokens, whether it has some of them cached or not."""
-    return worker.room >= -(-tokens // worker.info.layout.block_size)
+def _least(seconds: Array, among: NDArray[np.bool_]) -> float:
+    return float(seconds[among].min()) if among.any() else NEVER

@@ -5,168 +5,220 @@
     mixed    a worker of the mixed pool does both
 
 Mixed workers also stand in for a prefill or a decode pool that has nobody. The cheapest way wins.
-A pair's cost is the sum of its two sides' costs, so the best pair is the best of each side:
-P + D workers are priced, not P x D pairs, and the few best of each side make the record.
+A pair's cost is its two sides' and a transfer's that depends on whether they share a host, so the
+best pair is found among the best of each side, over all hosts and on each: no P x D pairs are priced.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from heapq import nsmallest
-from itertools import product
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from cluster.scheduler.costs import (
-    ALONE_TERMS,
-    DECODE_TERMS,
-    PREFILL_TERMS,
-    Costs,
-    Option,
-    Policy,
-    Price,
-    RequestShape,
-    option,
-)
+import numpy as np
+
+from cluster.scheduler.costs import Estimate, Policy, RequestShape, Rule, estimate
+from cluster.scheduler.fleet import FAR, NEAR, Array, Fleet
+from cluster.scheduler.rule import compute_cost, decode_cost, harm_cost
 from cluster.scheduler.view import RequestPlaced
 from diptych.errors import NoWorker, PromptTooLong
-from diptych.types import Candidate, How, Placement
+from diptych.types import How, Placement, Prediction
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from cluster.scheduler.view import ClusterView, WorkerView
-    from diptych.types import Role
+    from cluster.scheduler.view import ClusterView
+    from diptych.types import Role, WorkerId
 
-_RECORDED = 8
-_BEST_OF_A_SIDE = 3
+
+class Way(NamedTuple):
+    """One way to serve the request, by slots; `prefill` is -1 when `decode` computes the prompt."""
+
+    cost: float
+    how: How
+    prefill: int
+    decode: int
+
+    @property
+    def computes(self) -> int:
+        """Who computes the prompt."""
+        return self.decode if self.prefill < 0 else self.prefill
+
+
+class Sides(NamedTuple):
+    """The costs that ways are made of, by slot; infinite where a worker can't be placed on."""
+
+    prefill: Array
+    """Of computing the prompt for another."""
+    decode: Array
+    """Of receiving and decoding it. Two rows: from the same host, or not."""
+    local: Array
+    mixed: Array
 
 
 class Decision(NamedTuple):
-    """The answer, and what it adds to the view until its workers report."""
+    """The answer, what it adds to the view, and what it was made from."""
 
     placement: Placement
     placed: RequestPlaced
+    way: Way
+    estimate: Estimate
+    sides: Sides
+    ids: Sequence[WorkerId | None]
+    """By slot."""
+    hosts: Array
+    """By slot, as numbers."""
+    how: Rule
+    """What the policy left open."""
+    prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Way:
-    """One way to serve the request; `prefill` is None when `decode` computes the prompt."""
+def place(view: ClusterView, shape: RequestShape, policy: Policy, now: float, rank: int | None = None) -> Decision:
+    """Raises NoWorker when nobody lives who could, PromptTooLong when nobody ever could.
 
-    how: How
-    prefill: Option | None
-    decode: Option
-
-    @property
-    def cost(self) -> float:
-        return self.decode.cost + (self.prefill.cost if self.prefill else 0.0)
-
-    @property
-    def computes(self) -> WorkerView:
-        """Who computes the prompt."""
-        return (self.prefill or self.decode).worker
-
-    @property
-    def workers(self) -> str:
-        if self.prefill:
-            return f"{self.prefill.worker.info.id} with {self.decode.worker.info.id}"
-        return f"{self.decode.worker.info.id} alone"
-
-    def candidate(self) -> Candidate:
-        return Candidate(
-            prefill=self.prefill.worker.info.id if self.prefill else None,
-            decode=self.decode.worker.info.id,
-            how=self.how,
-            terms=(*(self.prefill.terms if self.prefill else ()), *self.decode.terms),
-        )
-
-
-def place(view: ClusterView, shape: RequestShape, policy: Policy) -> Decision:
-    """Raises NoWorker when nobody lives who could, PromptTooLong when nobody ever could."""
-    costs = Costs(shape, policy, view.longest_prefix(shape.granules), lambda who: not view.workers[who].stale)
-    ways = sorted(_ways(view, shape, policy, costs), key=attrgetter("cost"))[:_RECORDED]
-    best = ways[0]
-    fetch = costs.fetch(best.computes)
-    placement = Placement(
-        decode=best.decode.worker.info.id,
-        prefill=best.prefill.worker.info.id if best.prefill else None,
-        how=best.how,
-        reason=_reason(ways, shape, policy, costs),
-        candidates=tuple(way.candidate() for way in ways),
-        prefix_from=fetch.holder if fetch else None,
-    )
-    placed = RequestPlaced(
-        computes=best.computes.info.id,
-        tokens=costs.computed_tokens(best.computes),
-        decodes=placement.decode,
-        blocks=costs.missing_blocks(best.decode.worker),
-    )
-    return Decision(placement, placed)
+    `rank`: as which it is served, if not as its own.
+    """
+    rank = shape.rank if rank is None else rank
+    fleet, learning = view.fleet, view.learning
+    answer_tokens = learning.answer_tokens(shape.max_tokens)
+    held, promised = view.held_tokens(shape.granules), view.promised_tokens(shape.granules, now)
+    found = estimate(fleet, shape.prompt_tokens, answer_tokens, held, promised, fleet.idle_at[rank], now)
+    sides = _sides(view, found, shape, policy)
+    way = best_way(sides, fleet, policy)
+    if way is None:
+        raise _refusal(view, shape, policy)
+    return _decision(view, shape, policy.how, rank, found, sides, way, now)
 
 
 # ---- the ways ----------------------------------------------------------------------------------
 
 
-def _ways(view: ClusterView, shape: RequestShape, policy: Policy, costs: Costs) -> list[_Way]:
-    """At least one. Of ways that cost the same the first is taken, so those without a transfer lead."""
-    prefill = _large_enough(view.pool("prefill"), shape.prompt_tokens)
-    decode = _large_enough(view.pool("decode"), shape.context)
-    mixed = _large_enough(view.pool("mixed"), shape.context)
-    turn = view.requests_placed
-    ways: list[_Way] = []
+def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Policy) -> Sides:
+    fleet, residual = view.fleet, view.learning.residual_seconds
+    computing = compute_cost(found, shape, policy)
+    decoding = decode_cost(found, shape, policy) + fleet.tie
+    alone = computing + decoding + harm_cost(found)
+    senders = fleet.prefill if fleet.placeable["prefill"] else fleet.mixed
+    # The mixed pool alone hands nothing over.
+    receivers = fleet.mixed if fleet.placeable["prefill"] and not fleet.placeable["decode"] else fleet.decode
+    decode, mixed = fleet.decode, fleet.mixed
+    if shape.context > fleet.shortest_context:
+        senders = senders + _too_long(fleet, shape.prompt_tokens)
+        too_long = _too_long(fleet, shape.context)
+        receivers, decode, mixed = receivers + too_long, decode + too_long, mixed + too_long
+    return Sides(
+        prefill=computing + (fleet.tie + residual("remote")) + senders,
+        # A prompt that is being computed there holds up whoever joins.
+        decode=found.transfer + (decoding + found.wait + receivers),
+        local=alone + residual("local") + decode,
+        mixed=alone + residual("mixed") + mixed if fleet.placeable["mixed"] else mixed,
+    )
+
+
+def _too_long(fleet: Fleet, tokens: int) -> Array:
+    return np.where(fleet.most_tokens >= tokens, 0.0, np.inf)
+
+
+def best_way(sides: Sides, fleet: Fleet, policy: Policy) -> Way | None:
+    """The cheapest; of equals, one without a transfer."""
+    ways: list[Way] = []
     if policy.how != "remote":
-        apart, both = (_shortlist(pool, costs.alone, ALONE_TERMS, turn) for pool in (decode, mixed))
-        ways += [_Way(how="local", prefill=None, decode=one) for one in apart]
-        ways += [_Way(how="mixed", prefill=None, decode=one) for one in both]
-    if policy.how != "local" and (prefill or decode):
-        senders = _shortlist(prefill or mixed, costs.prefill, PREFILL_TERMS, turn)
-        receivers = _shortlist(decode or mixed, costs.decode, DECODE_TERMS, turn)
-        ways += [_Way(how="remote", prefill=p, decode=d) for p, d in product(senders, receivers)]
-    if not ways:
-        raise _refusal(view, shape, policy)
+        ways.append(_alone("local", sides.local))
+        if fleet.placeable["mixed"]:
+            ways.append(_alone("mixed", sides.mixed))
+    if policy.how != "local":
+        ways += _pairs(sides, fleet)
+    best = min(ways)
+    return best if best.cost < np.inf else None
+
+
+def _alone(how: How, costs: Array) -> Way:
+    slot = int(costs.argmin())
+    return Way(float(costs[slot]), how, -1, slot)
+
+
+def _pairs(sides: Sides, fleet: Fleet) -> list[Way]:
+    """The best pair that shares a host, and the best that doesn't where it could be better."""
+    prefill, decode = int(sides.prefill.argmin()), int(sides.decode[FAR].argmin())
+    ways = list(_near(sides, fleet, prefill))
+    if ways and ways[0].cost <= sides.prefill[prefill] + sides.decode[FAR, decode]:
+        return ways
+    ways.append(pair(sides, fleet, prefill, decode))
+    if fleet.host[prefill] == fleet.host[decode]:
+        # One of the two is in the best pair across hosts, the other is the best of all other hosts.
+        elsewhere = np.where(fleet.host == fleet.host[prefill], np.inf, 0.0)
+        ways.append(pair(sides, fleet, prefill, int((sides.decode[FAR] + elsewhere).argmin())))
+        ways.append(pair(sides, fleet, int((sides.prefill + elsewhere).argmin()), decode))
     return ways
 
 
-def _large_enough(workers: Sequence[WorkerView], tokens: int) -> list[WorkerView]:
-    return [worker for worker in workers if worker.info.max_context >= tokens]
+def _near(sides: Sides, fleet: Fleet, prefill: int) -> Iterator[Way]:
+    """The best pair on one host; `prefill` is the best of all."""
+    order, starts = fleet.by_host
+    if len(starts) == 1:
+        yield pair(sides, fleet, prefill, int(sides.decode[NEAR].argmin()))
+    elif len(starts) < len(order):
+        senders, receivers = sides.prefill[order], sides.decode[NEAR][order]
+        host = int((np.minimum.reduceat(senders, starts) + np.minimum.reduceat(receivers, starts)).argmin())
+        there = slice(int(starts[host]), int(starts[host + 1]) if host + 1 < len(starts) else len(order))
+        sender, receiver = int(senders[there].argmin()), int(receivers[there].argmin())
+        yield pair(sides, fleet, int(order[there][sender]), int(order[there][receiver]))
 
 
-def _shortlist(workers: Sequence[WorkerView], price: Price, names: Sequence[str], turn: int) -> list[Option]:
-    """The cheapest few; equals by fewest requests, then in turn, so that ties spread."""
-    count = len(workers)
-    ranked = nsmallest(
-        _BEST_OF_A_SIDE,
-        [
-            (sum(parts := price(worker)), worker.requests, (place - turn) % count, place, parts)
-            for place, worker in enumerate(workers)
-        ],
+def pair(sides: Sides, fleet: Fleet, prefill: int, decode: int) -> Way:
+    """That pair as a way."""
+    kind = NEAR if fleet.host[prefill] == fleet.host[decode] else FAR
+    return Way(float(sides.prefill[prefill] + sides.decode[kind, decode]), "remote", prefill, decode)
+
+
+def _decision(
+    view: ClusterView, shape: RequestShape, how: Rule, rank: int, found: Estimate, sides: Sides, way: Way, now: float
+) -> Decision:
+    ids, fleet, computes, decode = view.ids, view.fleet, way.computes, way.decode
+    prefill = None if way.prefill < 0 else ids[way.prefill]
+    fetched = 0 if found.fetched_tokens is None else int(found.fetched_tokens[computes])
+    placement = Placement(
+        decode=_id(ids, decode),
+        prefill=prefill,
+        how=way.how,
+        prefix_from=ids[found.holder_for(computes)] if fetched else None,
+        predicted=_prediction(fleet, found, way, fetched, view.learning.residual_seconds(way.how)),
     )
-    return [option(workers[place], names, parts) for *_, place, parts in ranked]
-
-
-# ---- in words ----------------------------------------------------------------------------------
-
-
-def _reason(ways: Sequence[_Way], shape: RequestShape, policy: Policy, costs: Costs) -> str:
-    best = ways[0]
-    told = (
-        f"{best.computes.info.id} computes {costs.computed_tokens(best.computes):,} of {shape.prompt_tokens:,} prompt "
-        f"tokens behind {best.computes.queued_tokens:,} queued"
+    placed = RequestPlaced(
+        at=now,
+        request=shape.request,
+        placement=placement,
+        rank=rank,
+        granules=shape.granules,
+        tokens=int(found.missing_tokens[computes]) - fetched,
+        seconds=float(found.compute[computes]),
+        blocks=-int(-found.missing_tokens[decode] // fleet.block_tokens[decode]),
+        context_tokens=shape.prompt_tokens + 0.5 * found.answer_tokens,
     )
-    if fetch := costs.fetch(best.computes):
-        told += f", after fetching {fetch.tokens:,} from {fetch.holder}'s cache,"
-    if best.prefill:
-        receiver = best.decode.worker
-        missing = costs.missing_blocks(receiver)
-        told += f" and sends {receiver.info.id} the {missing:,} KV block{'s' if missing > 1 else ''} it lacks"
-    else:
-        told += f" and decodes beside {best.computes.load.running_requests:,} running requests"
-    if policy.how != "auto":
-        told += f", as placement.how = {policy.how} demands"
-    price = f"this costs about as much as computing {best.cost:,.0f} tokens"
-    if len(ways) == 1:
-        return f"{told}: {price}, and there was no other way"
-    return f"{told}: {price}; the next best ({ways[1].how}, {ways[1].workers}) {ways[1].cost:,.0f}"
+    return Decision(placement, placed, way, found, sides, ids, fleet.host, how, shape.prompt_tokens)
+
+
+def _id(ids: Sequence[WorkerId | None], slot: int) -> WorkerId:
+    id_ = ids[slot]
+    assert id_ is not None, f"slot {slot} is vacant and was chosen"
+    return id_
+
+
+def _prediction(fleet: Fleet, found: Estimate, way: Way, fetched: int, residual_seconds: float) -> Prediction:
+    computes, decode = way.computes, way.decode
+    sent = way.prefill >= 0
+    kind = NEAR if fleet.host[computes] == fleet.host[decode] else FAR
+    gap = float(found.transfer[kind, decode]) if sent else 0.0
+    if found.room is not None:
+        gap += float(found.room[decode])
+    return Prediction(
+        wait_seconds=float(found.wait[computes]),
+        ttft_seconds=max(0.0, float(found.first_token[computes]) + residual_seconds),
+        itl_seconds=float(found.step[decode]) + gap / max(1.0, found.answer_tokens - 1.0),
+        cached_tokens=int(found.reused_tokens[computes]) + fetched,
+        transfer_bytes=int(found.missing_tokens[decode] * fleet.token_bytes[decode]) if sent else 0,
+    )
+
+
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def _refusal(view: ClusterView, shape: RequestShape, policy: Policy) -> NoWorker | PromptTooLong:

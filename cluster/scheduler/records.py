@@ -6,21 +6,30 @@ A record costs a decision one small object. Words and tables are made when someb
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cluster.scheduler.accuracy import compared
+from cluster.scheduler.explain import candidates, reason
 from diptych.errors import UnknownRequest
 from diptych.types import Accuracy, Explanation, PlacedAt
 
 if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
+    from cluster.scheduler.placement import Decision
     from diptych.types import Outcome, Placement, RequestId
 
 RECORDS: Final = 4096
 """Kept: the latest ones."""
 _SUFFIXES: Final = re.compile(r"(-\d+)?~[0-9a-f]+")
 """What a front adds to its caller's id: the number of the choice, if there are several, and its own mark."""
+
+
+class _Placed(NamedTuple):
+    at: float
+    placement: Placement
+    decision: Decision | None
+    """What its words are made from."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +43,7 @@ class _Record:
     wishes: tuple[float | None, float | None, float | None]
     """`ttft_seconds`, `itl_seconds` and `deadline_seconds` of its shape."""
     asked: float
-    placements: list[tuple[float, Placement]] = field(default_factory=list["tuple[float, Placement]"])
+    placements: list[_Placed] = field(default_factory=list["_Placed"])
     refusal: str = ""
     outcome: Outcome | None = None
     ended: float | None = None
@@ -64,10 +73,10 @@ class Records:
             if len(self._records) > self._size:
                 del self._records[next(iter(self._records))]
 
-    def placed(self, shape: RequestShape, placement: Placement, now: float) -> None:
-        """It goes there."""
+    def placed(self, shape: RequestShape, placement: Placement, now: float, decision: Decision | None = None) -> None:
+        """It goes there; `decision` can tell why."""
         self.asked(shape, now)
-        self._records[shape.request].placements.append((now, placement))
+        self._records[shape.request].placements.append(_Placed(now, placement, decision))
 
     def refused(self, request: RequestId, error: Exception, now: float) -> None:
         """It goes nowhere."""
@@ -81,7 +90,7 @@ class Records:
             return
         record.outcome, record.ended = outcome, now
         if record.placements:
-            self._accuracy = compared(self._accuracy, record.placements[-1][1], outcome)
+            self._accuracy = compared(self._accuracy, record.placements[-1].placement, outcome)
 
     def explain(self, request: str, now: float) -> tuple[Explanation, ...]:
         """By our id or by the caller's, which several choices share. Raises UnknownRequest."""
@@ -115,11 +124,18 @@ def _explanation(request: RequestId, record: _Record, now: float) -> Explanation
         itl_seconds=itl,
         deadline_seconds=deadline,
         age_seconds=now - record.asked,
-        placements=tuple(PlacedAt(placement=to, seconds=at - record.asked) for at, to in record.placements),
+        placements=tuple(_told(placed, record.asked) for placed in record.placements),
         refusal=record.refusal,
         outcome=record.outcome,
         ended_seconds=None if record.ended is None else _ended_seconds(record),
     )
+
+
+def _told(placed: _Placed, asked: float) -> PlacedAt:
+    placement = placed.placement
+    if placed.decision is not None:
+        placement = replace(placement, reason=reason(placed.decision), candidates=candidates(placed.decision))
+    return PlacedAt(placement=placement, seconds=placed.at - asked)
 
 
 def _ended_seconds(record: _Record) -> float:
@@ -128,5 +144,5 @@ def _ended_seconds(record: _Record) -> float:
     outcome = record.outcome
     if outcome is None or outcome.ttft_seconds is None or not record.placements:
         return record.ended - record.asked
-    placed = record.placements[-1][0] - record.asked
+    placed = record.placements[-1].at - record.asked
     return placed + outcome.ttft_seconds + (outcome.itl_seconds or 0.0) * (outcome.tokens - 1)

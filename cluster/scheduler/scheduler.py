@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 from cluster.scheduler.admission import CLASSES, Admission, AdmissionPolicy, ClassCounts, Turn, rank_of
 from cluster.scheduler.charges import Charges
 from cluster.scheduler.costs import Policy, RequestShape
-from cluster.scheduler.forecast import TokenForecast
+from cluster.scheduler.explain import kept
+from cluster.scheduler.forecast import LearnedForecast
 from cluster.scheduler.gate import NEVER, Gate
 from cluster.scheduler.placement import Decision, place
 from cluster.scheduler.records import RECORDS, Records
-from cluster.scheduler.view import ClusterView, Reported, TimePassed, WorkerJoined, WorkerLeft, WorkerView
+from cluster.scheduler.view import (
+    ClusterView,
+    Reported,
+    RequestFinished,
+    TimePassed,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerView,
+)
 from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingError
 from diptych.types import (
     ClusterStatus,
@@ -67,14 +76,8 @@ class Scheduler:
     def __init__(self, spec: SchedulerSpec) -> None:
         self._spec = spec
         self._view = ClusterView(stale_seconds=spec.stale_seconds)
-        self._forecast = TokenForecast(self._view)
-        self._gate = Gate(
-            self._view,
-            self._forecast,
-            spec.policy.how,
-            max_running=spec.max_running,
-            report_seconds=spec.report_seconds,
-        )
+        self._forecast = LearnedForecast(self._view)
+        self._gate = Gate(self._view, spec.policy.how, max_running=spec.max_running, report_seconds=spec.report_seconds)
         self._admission = Admission(spec.admission)
         self._charges = Charges(self._admission)
         self._records = Records(spec.records)
@@ -87,21 +90,20 @@ class Scheduler:
         """Raises LayoutMismatch when the worker can't exchange KV with this cluster."""
         for mismatch in self._mismatches(info):
             raise LayoutMismatch(mismatch)
+        before = self._view.workers.get(info.id)
         self._view.apply(WorkerJoined(info=info, at=now))
+        if self._view.workers[info.id] is not before:
+            self._gate.joined(self._view.workers[info.id])
 
     def leave(self, worker: WorkerId, epoch: int) -> None:
         """That incarnation is gone; a later one of the same name is not touched."""
         self._view.apply(WorkerLeft(worker=worker, epoch=epoch))
-        if worker not in self._view.workers:
-            self._forecast.forget(worker)
-            self._gate.forget(worker)
 
     def report(self, report: Report, now: float) -> bool:
         """Whether the worker's next report has to be a full one."""
         before = self._view.workers.get(report.worker)
-        if before is not None and before.info.epoch == report.epoch and before.load.waiting_tokens:
-            self._forecast.learn(before, report, now)
-            self._gate.reported(report.worker, now - before.heard)
+        if before is not None and before.info.epoch == report.epoch:
+            self._gate.reported(before, report.load.waiting_requests, now)
         self._view.apply(Reported(report=report, at=now))
         worker = self._view.workers.get(report.worker)
         return worker is not None and worker.info.epoch == report.epoch and worker.needs_full
@@ -180,12 +182,13 @@ class Scheduler:
         """A front's last word of a request that was asked for."""
         self._charges.settle(outcome)
         self._records.finished(outcome, now)
+        self._view.apply(RequestFinished(outcome=outcome))
 
     def place(self, shape: RequestShape, now: float) -> Placement:
         """Now, whoever waits. Raises NoWorker or PromptTooLong. Counts against the workers until they next report."""
         with self._recording(shape, now):
             self._view.apply(TimePassed(at=now))
-            return self._placed(place(self._view, shape, self._spec.policy), shape, rank_of(shape.priority), now)
+            return self._placed(place(self._view, shape, self._spec.policy, now), shape, rank_of(shape.priority), now)
 
     # ---- seen ---------------------------------------------------------------------------------------------
 
@@ -240,19 +243,18 @@ class Scheduler:
     def _open(self, shape: RequestShape, rank: int, now: float) -> Decision | None:
         """Where it goes, if there is room."""
         if self._gate.wait_seconds(shape, rank, now) <= 0:
-            return place(self._view, shape, self._spec.policy)
+            return place(self._view, shape, self._spec.policy, now, rank)
         if not self._gate.may_go_elsewhere(shape, rank, now):
             return None
-        decision = place(self._view, shape, self._spec.policy)
-        return decision if self._gate.excess_seconds(decision.placed.computes, rank, now) <= 0 else None
+        decision = place(self._view, shape, self._spec.policy, now, rank)
+        return decision if self._gate.is_open_at(decision.placed.computes, rank, now) else None
 
     def _placed(self, decision: Decision, shape: RequestShape, rank: int, now: float) -> Placement:
         placed, self._without_workers = decision.placed, None
-        token_seconds = self._forecast.token_seconds()
-        self._gate.placed(placed, rank, placed.tokens * token_seconds, now)
-        self._charges.placed(shape, placed.tokens * token_seconds, token_seconds)
+        self._gate.placed(placed)
+        self._charges.placed(shape, placed.seconds, self._forecast.token_seconds())
         self._view.apply(placed)
-        self._records.placed(shape, decision.placement, now)
+        self._records.placed(shape, decision.placement, now, kept(decision))
         return decision.placement
 
     def _may_come_back(self, now: float) -> bool:

@@ -1,22 +1,29 @@
 """The cluster as one value: a fold of what workers said and of what was placed on them.
 
-Knows no Ray, clock, socket or policy. Workers are frozen; a fold replaces one of them and touches
-the index, so that an event costs what it changes and not the size of the cluster.
+Knows no Ray, clock, socket or rule. An event costs what it changes and not the size of the cluster.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias, assert_never
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, assert_never
 
+import numpy as np
+
+from cluster.scheduler.backlog import RANKS, TRANSIT_SECONDS, Backlog
+from cluster.scheduler.fleet import Fleet
+from cluster.scheduler.learning import Learning
 from cluster.scheduler.prefix_index import PrefixIndex
-from diptych.types import Cleared, Counters, Load, Report, Role, WorkerId, WorkerInfo
+from cluster.scheduler.promises import Promises
+from diptych.hashing import GRANULE
+from diptych.types import Cleared, Counters, Load, Outcome, Placement, Report, Role, StepSample, WorkerId, WorkerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from diptych.types import BlockHash
+    from cluster.scheduler.fleet import Array
+    from diptych.types import BlockHash, RequestId
 
 
 # ---- events ------------------------------------------------------------------------------------
@@ -46,16 +53,34 @@ class Reported:
     at: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestPlaced:
-    """A decision of ours, counted against its workers until they next report."""
+class RequestPlaced(NamedTuple):
+    """A decision of ours, counted against its workers until their reports show it."""
 
-    computes: WorkerId
+    at: float
+    request: RequestId
+    placement: Placement
+    rank: int
+    granules: tuple[BlockHash, ...]
     tokens: int
-    """Prompt tokens to compute there."""
-    decodes: WorkerId
+    """To compute."""
+    seconds: float
+    """To compute them."""
     blocks: int
-    """Blocks the prompt takes there that it does not share with what is cached."""
+    """Of the prompt, that the decode worker lacks."""
+    context_tokens: float
+    """What decoding will read in each step, on average."""
+
+    @property
+    def computes(self) -> WorkerId:
+        """Who computes the prompt."""
+        return self.placement.prefill or self.placement.decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFinished:
+    """A front told how it went."""
+
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +90,7 @@ class TimePassed:
     at: float
 
 
-Event: TypeAlias = WorkerJoined | WorkerLeft | Reported | RequestPlaced | TimePassed
+Event: TypeAlias = WorkerJoined | WorkerLeft | Reported | RequestPlaced | RequestFinished | TimePassed
 
 
 # ---- the view ----------------------------------------------------------------------------------
@@ -73,9 +98,11 @@ Event: TypeAlias = WorkerJoined | WorkerLeft | Reported | RequestPlaced | TimePa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
-    """One worker, as far as we know."""
+    """One worker, as it said itself."""
 
     info: WorkerInfo
+    slot: int
+    """Its column in the fleet and its bit in the index."""
     load: Load
     heard: float
     """When it joined or last reported."""
@@ -85,26 +112,14 @@ class WorkerView:
     needs_full: bool = False
     """Reports were lost: its index entries are a guess until it tells everything anew."""
     stale: bool = False
-    placed_tokens: int = 0
-    """Placed here since the last report: not in `load` yet. So a burst between two reports
-    does not all land where the last report found room."""
-    placed_requests: int = 0
-    placed_blocks: int = 0
 
-    @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens to compute here before a newcomer's."""
-        return self.load.waiting_tokens + self.placed_tokens
 
-    @property
-    def requests(self) -> int:
-        """Running, waiting and on their way here."""
-        return self.load.running_requests + self.load.waiting_requests + self.placed_requests
+class _Coming(NamedTuple):
+    """A request that will decode on a worker and that its reports don't show yet."""
 
-    @property
-    def room(self) -> int:
-        """Blocks a newcomer could have now; negative when more is on its way than fits."""
-        return self.load.blocks_free + self.load.blocks_cached - self.placed_blocks
+    shown_at: float
+    blocks: int
+    context_tokens: float
 
 
 class ClusterView:
@@ -117,13 +132,30 @@ class ClusterView:
     def __init__(self, *, stale_seconds: float) -> None:
         self._stale_seconds = stale_seconds
         self._workers: dict[WorkerId, WorkerView] = {}
+        self._ids: tuple[WorkerId | None, ...] = ()
+        self._hosts: dict[WorkerId, float] = {}
+        self._host_numbers: dict[str, float] = {}
         self._index = PrefixIndex()
+        self._promises = Promises()
+        # By slot, as the fleet's columns are.
+        self._backlogs: dict[int, Backlog] = {}
+        self._coming: dict[int, list[_Coming]] = {}
+        self._turns: dict[int, int] = {}
         self._requests_placed = 0
+        self._look_at = 0.0
+        """Nobody can be stale before."""
+        self.fleet = Fleet()
+        self.learning = Learning(self.fleet)
 
     @property
     def workers(self) -> Mapping[WorkerId, WorkerView]:
         """In the order in which they joined."""
         return MappingProxyType(self._workers)
+
+    @property
+    def ids(self) -> Sequence[WorkerId | None]:
+        """By slot; replaced, never changed."""
+        return self._ids
 
     @property
     def requests_placed(self) -> int:
@@ -143,9 +175,25 @@ class ClusterView:
         """Leading prompt tokens that each worker holds; absent where it is none."""
         return self._index.longest_prefix(granules)
 
+    def held_tokens(self, granules: Sequence[BlockHash]) -> Array:
+        """As `longest_prefix`, by slot."""
+        return _by_slot(self._index.depths(granules), len(self.fleet))
+
+    def promised_tokens(self, granules: Sequence[BlockHash], at: float) -> Array | None:
+        """What each worker will hold of it when it has done what was placed there; None where that is nothing."""
+        depths = self._promises.depths(granules, at)
+        if not depths:
+            return None
+        fleet = self.fleet
+        whole = fleet.block_size or GRANULE
+        tokens = _by_slot([(depth * GRANULE // whole * whole, holders) for depth, holders in depths], len(fleet))
+        return tokens if fleet.block_size else tokens - tokens % fleet.block_tokens
+
     def apply(self, event: Event) -> None:
         """Fold one event in. What an unknown or buried worker says is ignored, not resurrected."""
         match event:
+            case RequestPlaced():
+                self._request_placed(event)
             case WorkerJoined():
                 self._joined(event)
             case WorkerLeft(worker=worker, epoch=epoch):
@@ -154,22 +202,30 @@ class ClusterView:
             case Reported(report=report, at=at):
                 if self._is_current(report.worker, report.epoch):
                     self._reported(report, at)
-            case RequestPlaced():
-                self._request_placed(event)
+            case RequestFinished(outcome=outcome):
+                self.learning.finished(outcome)
             case TimePassed(at=at):
-                self._time_passed(at)
+                if at > self._look_at:
+                    self._time_passed(at)
             case _:
                 assert_never(event)
 
     def check(self) -> None:
-        """The index knows exactly the workers we know."""
+        """The index and the fleet know exactly the workers we know."""
         self._index.check()
-        assert all(worker in self._index for worker in self._workers), "a worker is not in the index"
+        assert all(self._index.slot(id_) == worker.slot for id_, worker in self._workers.items()), "a slot is wrong"
         assert self._index.members == len(self._workers), "the index knows a worker we don't"
+        for id_, worker in self._workers.items():
+            assert self._ids[worker.slot] == id_, f"{id_} is not at its slot"
+            placeable = self.fleet.pool(worker.info.role)[worker.slot] == 0
+            assert placeable != worker.stale, f"{id_} is placed on though it is silent, or not though it isn't"
+        assert int(self.fleet.alive.sum()) == sum(not worker.stale for worker in self._workers.values())
 
     def _is_current(self, worker: WorkerId, epoch: int) -> bool:
         known = self._workers.get(worker)
         return known is not None and known.info.epoch == epoch
+
+    # ---- workers ---------------------------------------------------------------------------------
 
     def _joined(self, event: WorkerJoined) -> None:
         info = event.info
@@ -178,12 +234,33 @@ class ClusterView:
             return
         if known is not None:
             self._remove(info.id)
-        self._index.add(info.id, info.layout.block_size)
-        self._workers[info.id] = WorkerView(info=info, load=Load(blocks_free=info.blocks), heard=event.at)
+        slot = self._index.add(info.id, info.layout.block_size)
+        self._workers[info.id] = WorkerView(info=info, slot=slot, load=Load(blocks_free=info.blocks), heard=event.at)
+        self._backlogs[slot], self._coming[slot], self._turns[slot] = Backlog(), [], 0
+        self._ids = (*self._ids[:slot], *(None,) * (slot - len(self._ids)), info.id, *self._ids[slot + 1 :])
+        self._hosts[info.id] = self._host_numbers.setdefault(info.host, float(len(self._host_numbers)))
+        self._admit(info, slot)
+        self._look_at = min(self._look_at, event.at + self._stale_seconds)
+
+    def _admit(self, info: WorkerInfo, slot: int) -> None:
+        fleet = self.fleet
+        fleet.vacate(slot)
+        fleet.block_tokens[slot] = info.layout.block_size
+        fleet.token_bytes[slot] = info.layout.block_bytes * info.layout.shards / info.layout.block_size
+        fleet.most_tokens[slot] = info.max_context
+        fleet.settle(slot, self._hosts[info.id])
+        fleet.room_blocks[slot] = info.blocks
+        fleet.open(slot, info.role, placeable=True)
+        self.learning.join(info.id, slot, info.device)
 
     def _remove(self, worker: WorkerId) -> None:
-        del self._workers[worker]
+        slot = self._workers.pop(worker).slot
         self._index.drop(worker)
+        self._promises.revoke(1 << slot)
+        self._ids = (*self._ids[:slot], None, *self._ids[slot + 1 :])
+        self.learning.leave(worker)
+        self.fleet.vacate(slot)
+        del self._backlogs[slot], self._coming[slot], self._turns[slot], self._hosts[worker]
 
     def _reported(self, report: Report, at: float) -> None:
         worker = self._workers[report.worker]
@@ -194,31 +271,110 @@ class ClusterView:
         needs_full = not report.full and (worker.needs_full or report.number > expected)
         self._workers[report.worker] = WorkerView(
             info=worker.info,
+            slot=worker.slot,
             load=report.load,
             counters=report.counters,
             heard=at,
             number=report.number,
             needs_full=needs_full,
         )
+        if worker.stale:
+            self.fleet.open(worker.slot, worker.info.role, placeable=True)
         if report.full:
             self._index.apply(report.worker, Cleared())
         if not needs_full:
             for event in report.events:
+                if isinstance(event, Cleared):
+                    self._promises.revoke(1 << worker.slot)
                 self._index.apply(report.worker, event)
+        self.learning.reported(report, self._hosts, _implied_step(worker, report, at))
+        self._count(self._workers[report.worker], at)
+
+    def _count(self, worker: WorkerView, at: float) -> None:
+        """What the worker reported, and what it can't have seen yet."""
+        fleet, slot, load, info = self.fleet, worker.slot, worker.load, worker.info
+        coming = [one for one in self._coming[slot] if one.shown_at > at]
+        self._coming[slot] = coming
+        blocks = sum(one.blocks for one in coming)
+        alone = max(load.waiting_requests, len(coming))
+        fleet.requests[slot] = load.running_requests + alone
+        fleet.rank(slot, self._turns[slot])
+        fleet.room_blocks[slot] = load.blocks_free + load.blocks_cached - max(0, blocks - load.blocks_granted)
+        if info.role != "prefill":
+            held = load.blocks_held * info.layout.block_size
+            fleet.rows[slot] = load.running_requests + alone
+            fleet.context_tokens[slot] = held + sum(one.context_tokens for one in coming)
+        per_token = float(fleet.token_seconds[slot])
+        for rank, seconds in enumerate(self._backlogs[slot].reported(at, load.waiting_tokens, per_token)):
+            fleet.idle_at[rank, slot] = at + seconds
+
+    # ---- requests --------------------------------------------------------------------------------
 
     def _request_placed(self, event: RequestPlaced) -> None:
         self._requests_placed += 1
-        computes = self._workers[event.computes]
-        self._workers[event.computes] = replace(computes, placed_tokens=computes.placed_tokens + event.tokens)
-        decodes = self._workers[event.decodes]
-        self._workers[event.decodes] = replace(
-            decodes,
-            placed_requests=decodes.placed_requests + 1,
-            placed_blocks=decodes.placed_blocks + event.blocks,
+        placement, fleet, at = event.placement, self.fleet, event.at
+        assert placement.predicted is not None, "a placement without a prediction"
+        first_at = at + placement.predicted.ttft_seconds
+        computes, decodes = (
+            self._workers[placement.prefill or placement.decode].slot,
+            self._workers[placement.decode].slot,
         )
+        self._backlogs[computes].place(at, event.rank, event.tokens, event.seconds)
+        for rank in range(event.rank, RANKS):
+            fleet.idle_at[rank, computes] = max(float(fleet.idle_at[rank, computes]), at) + event.seconds
+        if computes != decodes:
+            fleet.requests[computes] += 1.0
+            self._choose(computes)
+        shown_at = TRANSIT_SECONDS + (at if computes == decodes else first_at)
+        self._coming[decodes].append(_Coming(shown_at, event.blocks, event.context_tokens))
+        fleet.requests[decodes] += 1.0
+        fleet.rows[decodes] += 1.0
+        fleet.context_tokens[decodes] += event.context_tokens
+        fleet.room_blocks[decodes] -= event.blocks
+        self._choose(decodes)
+        # Until it is cached, and as long again: the truth takes its place when it is reported.
+        holders = (event.tokens > GRANULE) << computes | (event.blocks > 1) << decodes
+        if holders:
+            self._promises.make(event.granules, holders, at, 2 * first_at - at + 1.0)
+        self.learning.expect(event.request, placement.how, placement.predicted)
+
+    def _choose(self, slot: int) -> None:
+        self._turns[slot] = self._requests_placed
+        self.fleet.rank(slot, self._requests_placed)
+
+    # ---- time ------------------------------------------------------------------------------------
 
     def _time_passed(self, at: float) -> None:
+        oldest = at
         for id_, worker in self._workers.items():
             stale = at - worker.heard > self._stale_seconds
-            if stale != worker.stale:
+            if not stale:
+                oldest = min(oldest, worker.heard)
+            if stale and not worker.stale:
                 self._workers[id_] = replace(worker, stale=stale)
+                self.fleet.open(worker.slot, worker.info.role, placeable=False)
+        self._look_at = oldest + self._stale_seconds
+
+
+def _implied_step(before: WorkerView, report: Report, at: float) -> StepSample | None:
+    """What a busy worker's steps took between two reports: of workers that don't measure them."""
+    load, old, new = before.load, before.counters, report.counters
+    steps, tokens = new.steps - old.steps, new.prompt_tokens_computed - old.prompt_tokens_computed
+    if report.steps or before.number is None or tokens <= 0 or not load.waiting_tokens or at <= before.heard:
+        return None
+    steps = max(1, steps)
+    rows = (new.decode_rows - old.decode_rows) / steps
+    context = rows * report.load.blocks_held * before.info.layout.block_size / max(1, report.load.running_requests)
+    return StepSample(steps, tokens / steps, 0.0, rows, context, (at - before.heard) / steps)
+
+
+def _by_slot(depths: Sequence[tuple[int, int]], slots: int) -> Array:
+    """(tokens, who has exactly so many) as a column."""
+    tokens = np.zeros(slots)
+    for depth, holders in depths:
+        if holders & (holders - 1):
+            raw = np.frombuffer(holders.to_bytes(-(-slots // 8), "little"), np.uint8)
+            tokens += depth * np.unpackbits(raw, count=slots, bitorder="little").astype(np.float64)
+        else:
+            tokens[holders.bit_length() - 1] = depth
+    return tokens

@@ -138,5 +138,10 @@ class Namer:
     def _name(self, block: int) -> BlockHash:
         name = self._names.get(block)
         if name is None:
-            name = self._names[block] = BlockHash(block.to_bytes(_NAME_BYTES, "big", signed=True))
+            name = self._names[block] = block_name(block)
         return name
+
+
+def block_name(block: int) -> BlockHash:
+    """Of a content number."""
+    return BlockHash(block.to_bytes(_NAME_BYTES, "big", signed=True))

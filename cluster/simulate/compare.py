@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cluster.simulate.baselines import BASELINES
 from cluster.simulate.cluster import Kill, VirtualCluster
 from cluster.simulate.ours import Ours
+from cluster.simulate.prefill_only import Placed, bound, place_all
 from cluster.simulate.summary import Summary, is_good, summarise
 
 if TYPE_CHECKING:
@@ -127,3 +128,13 @@ def compare(
             yield comparison.at(maker, speed)
         if highest and bears:
             yield comparison.at(maker, bears, highest=True)
+
+
+def placements(
+    trace: Trace, constants: Constants, names: Sequence[str], tell: Callable[[str], None]
+) -> Iterator[Placed]:
+    """Each policy in placement alone, then the bound."""
+    for name in names:
+        tell(f"{name} places")
+        yield place_all(trace, constants, Ours(queues=False) if name == Ours.name else POLICIES[name]())
+    yield bound(trace, constants, POLICIES["round_robin"]())

@@ -23,7 +23,9 @@ class Ours:
 
     name: ClassVar[str] = "ours"
 
-    def __init__(self, prices: Prices | None = None, *, max_running: int | None = None) -> None:
+    def __init__(self, prices: Prices | None = None, *, max_running: int | None = None, queues: bool = True) -> None:
+        """Without queues every request is placed as it comes."""
+        self._queues = queues
         spec = SchedulerSpec(
             model=MODEL,
             build=BUILD,
@@ -48,7 +50,7 @@ class Ours:
         return self.scheduler.report(report, now)
 
     def submit(self, shape: RequestShape, now: float) -> Placement | None:
-        return self.scheduler.submit(shape, now)
+        return self.scheduler.submit(shape, now) if self._queues else self.scheduler.place(shape, now)
 
     def advance(self, now: float) -> Sequence[tuple[RequestId, Placement | ServingError]]:
         return self.scheduler.advance(now)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cluster.simulate.compare import Result
+    from cluster.simulate.prefill_only import Placed
 
 _COLUMNS = (
     "policy",
@@ -75,7 +76,23 @@ def result_json(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def weights_used(results: Sequence[Result]) -> list[str]:
+def placed_table(results: Sequence[Placed]) -> Table:
+    """A row for each policy."""
+    table = Table("policy", box=None, pad_edge=False)
+    for name in ("block hit rate", "max/mean work", "delay p50 s", "p99 s"):
+        table.add_column(name, justify="right")
+    for one in results:
+        figures = (
+            f"{100 * one.hit_rate:.1f} %",
+            f"{one.imbalance:.2f}",
+            f"{one.delay_p50:.1f}",
+            f"{one.delay_p99:.1f}",
+        )
+        table.add_row(one.policy, *figures)
+    return table
+
+
+def weights_used(results: Sequence[Result | Placed]) -> list[str]:
     """A line for each policy that has weights."""
     return list(dict.fromkeys(f"{result.policy}: {result.weights}" for result in results if result.weights))
 

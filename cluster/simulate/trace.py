@@ -75,10 +75,13 @@ class Trace:
 
 
 def _bin_of(requests: Sequence[TraceRequest]) -> float:
-    """The step that nearly all times are apart by, if it is coarse; else 0. Rounding moves times by a little."""
+    """The step that nearly all times are apart by, if it is coarse and requests share times; else 0.
+
+    Rounding to the bin was not exact either.
+    """
     times = sorted({one.arrival for one in requests})
     gaps = [after - before for before, after in pairwise(times)]
-    if not gaps:
+    if not gaps or len(times) > 0.9 * len(requests):
         return 0.0
     width = round(median(gaps), 2)
     whole = sum(abs(gap / width - round(gap / width)) < _ROUNDING for gap in gaps) if width >= _COARSE_SECONDS else 0

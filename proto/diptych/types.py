@@ -151,7 +151,7 @@ class Placement:
     prefill: WorkerId | None
     """None when the decode worker computes the prompt itself."""
     how: How
-    reason: str
+    reason: str = ""
     candidates: tuple[Candidate, ...] = ()
     prefix_from: WorkerId | None = None
     """Whose cache gives the prompt's prefix to who computes the rest; None when nobody's pays."""

@@ -26,6 +26,7 @@ def info() -> Callable[..., WorkerInfo]:
         block_size: int = 16,
         layers: int = 2,
         max_context: int = 8192,
+        host: str = "here",
     ) -> WorkerInfo:
         return WorkerInfo(
             id=WorkerId(id_),
@@ -37,7 +38,7 @@ def info() -> Callable[..., WorkerInfo]:
             blocks=1000,
             max_context=max_context,
             device="cpu",
-            host="here",
+            host=host,
             pid=1,
             threads=1,
         )

@@ -8,8 +8,21 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from cluster.scheduler.rates import STEP_PRIOR
 from cluster.scheduler.view import ClusterView, Reported, RequestPlaced, TimePassed, WorkerJoined, WorkerLeft
-from diptych.types import BlockHash, Counters, Evicted, KvEvent, Load, Report, Stored, WorkerId
+from diptych.types import (
+    BlockHash,
+    Counters,
+    Evicted,
+    KvEvent,
+    Load,
+    Placement,
+    Prediction,
+    Report,
+    RequestId,
+    Stored,
+    WorkerId,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,14 +158,25 @@ def test_the_departure_of_a_former_life_does_not_end_this_one(
     assert W in view.workers
 
 
-def test_what_was_placed_counts_until_the_next_report(view: ClusterView) -> None:
+def counted(view: ClusterView) -> tuple[float, float, float]:
+    """When it has computed what waits, its requests, and its room in blocks."""
+    slot, fleet = view.workers[W].slot, view.fleet
+    return float(fleet.idle_at[1, slot]), float(fleet.requests[slot]), float(fleet.room_blocks[slot])
+
+
+def test_what_was_placed_counts_until_a_report_can_have_seen_it(view: ClusterView) -> None:
     view.apply(report(0, load=Load(waiting_tokens=100, running_requests=2, blocks_free=50, blocks_cached=10)))
-    view.apply(RequestPlaced(computes=W, tokens=40, decodes=W, blocks=3))
-    worker = view.workers[W]
-    assert (worker.queued_tokens, worker.requests, worker.room) == (140, 3, 57)
-    view.apply(report(1, load=Load(waiting_tokens=40, running_requests=3, blocks_free=47, blocks_cached=10)))
-    worker = view.workers[W]
-    assert (worker.queued_tokens, worker.requests, worker.room) == (40, 3, 57)
+    waiting_seconds = 100 * STEP_PRIOR[1]
+    assert counted(view) == (pytest.approx(waiting_seconds), 2, 60)
+    placement = Placement(decode=W, prefill=None, how="local", predicted=Prediction(0.0, 0.5, 0.01, 0, 0))
+    view.apply(RequestPlaced(0.0, RequestId("r"), placement, 1, (), 40, 0.3, 3, 40.0))
+    assert counted(view) == (pytest.approx(waiting_seconds + 0.3), 3, 57)
+    before = Load(waiting_tokens=90, running_requests=2, blocks_free=50, blocks_cached=10)
+    view.apply(report(1, load=before, at=0.001))
+    assert counted(view) == (pytest.approx(0.001 + 0.3 + 90 * STEP_PRIOR[1]), 3, 57), "it had not arrived"
+    after = Load(waiting_tokens=40, running_requests=3, blocks_free=47, blocks_cached=10)
+    view.apply(report(2, load=after, at=0.1))
+    assert counted(view) == (pytest.approx(0.1 + 0.3), 3, 57), "what waits is what was placed last"
     assert view.requests_placed == 1
 
 
@@ -166,7 +190,7 @@ def test_a_silent_worker_is_out_of_its_pool_until_it_speaks(view: ClusterView) -
 
 
 def test_a_newcomer_has_all_its_blocks_free_before_it_reports(view: ClusterView) -> None:
-    assert view.workers[W].room == 1000
+    assert counted(view)[2] == 1000
 
 
 @given(

@@ -1,0 +1,146 @@
+"""The workers as columns of numbers: what placing a request needs of them, ready for numpy. Knows no names.
+
+A worker's column is its slot in the prefix index. Columns without a worker, and those of workers that
+are not placed on, are barred from every pool by an infinite cost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.scheduler.backlog import RANKS
+from cluster.scheduler.rates import EXPOSED_PRIOR, STEP_PRIOR, TRANSFER_PRIOR
+
+if TYPE_CHECKING:
+    from diptych.types import Role
+
+Array: TypeAlias = NDArray[np.float64]
+Slots: TypeAlias = NDArray[np.intp]
+
+NEAR, FAR = 0, 1
+"""Kinds of a pair of workers: on one host, or not. Rows of the link columns."""
+_ROOM = 8
+_TIE_REQUEST, _TIE_TURN = 1e-7, 1e-13
+"""Seconds that a request, and having been chosen a turn later, count for: less than any real difference."""
+
+
+def _column(value: float = 0.0, rows: int = 1) -> Array:
+    return np.full((rows, _ROOM) if rows > 1 else _ROOM, value)
+
+
+class Fleet:
+    """Written by the view alone."""
+
+    def __init__(self) -> None:
+        self._by_host: tuple[Slots, Slots] | None = None
+        self.placeable: dict[Role, int] = {"prefill": 0, "decode": 0, "mixed": 0}
+        """Workers of each pool."""
+        self.block_size: int | None = None
+        """Of all workers; None when they differ."""
+        self.shortest_context = np.inf
+        """What every worker holds, of prompt and answer."""
+        # ---- learned -------------------------------------------------------------------------------
+        self.step_seconds = _column(STEP_PRIOR[0])
+        """Of an empty step."""
+        self.token_seconds = _column(STEP_PRIOR[1])
+        self.pair_seconds = _column(STEP_PRIOR[2])
+        self.row_seconds = _column(STEP_PRIOR[3])
+        self.context_seconds = _column(STEP_PRIOR[4])
+        self.step_tokens = _column(np.inf)
+        """Most prompt tokens seen in one step."""
+        self.fetch_seconds = _column(TRANSFER_PRIOR[0], 2)
+        """Of a transfer to here, whatever its size, by kind of pair."""
+        self.fetch_byte_seconds = _column(TRANSFER_PRIOR[1], 2)
+        self.exposed_seconds = _column(EXPOSED_PRIOR[0], 2)
+        """As above, of what a hand-off doesn't hide behind computing."""
+        self.exposed_byte_seconds = _column(EXPOSED_PRIOR[1], 2)
+
+        # ---- reported and placed since ---------------------------------------------------------------
+        self.idle_at = _column(rows=RANKS)
+        """When the prompts that wait there are computed, in monotonic seconds, for a newcomer of each rank."""
+        self.requests = _column()
+        """Running, waiting and on their way here."""
+        self.rows = _column()
+        """Those of them that decode here or will: none in the prefill pool."""
+        self.context_tokens = _column()
+        """KV that the rows read in each step."""
+        self.room_blocks = _column()
+        """What a newcomer could have now; negative when more is on its way than fits."""
+        self.tie = _column()
+        """Next to nothing: orders equals by requests, then by who was chosen longest ago."""
+
+        # ---- told at the door ------------------------------------------------------------------------
+        self.block_tokens = _column(16.0)
+        self.token_bytes = _column()
+        self.most_tokens = _column()
+        """The longest prompt with its answer."""
+        self.host = _column(-1.0)
+        self.prefill = _column(np.inf)
+        """0 for those of the pool that are placed on."""
+        self.decode = _column(np.inf)
+        self.mixed = _column(np.inf)
+        self.alive = _column()
+        """1 where a worker would answer."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def by_host(self) -> tuple[Slots, Slots]:
+        """All slots, host after host, and where in that order each host begins."""
+        if self._by_host is None:
+            order = np.argsort(self.host, kind="stable")
+            order = order[self.host[order] >= 0]
+            self._by_host = order, np.flatnonzero(np.diff(self.host[order], prepend=-1.0))
+        return self._by_host
+
+    def mean_token_seconds(self) -> float:
+        """To compute one prompt token, of those who compute prompts."""
+        computes = (self.prefill == 0.0) | (self.mixed == 0.0)
+        if not computes.any():
+            computes = self.decode == 0.0
+        return float(self.token_seconds[computes].mean()) if computes.any() else float(self.token_seconds[0])
+
+    def settle(self, slot: int, host: float) -> None:
+        """A worker's host, by number."""
+        self.host = self.host.copy()  # Decisions that are still told of have the old one.
+        self.host[slot] = host
+        self._by_host = None
+
+    def pool(self, role: Role) -> Array:
+        """0 for those that may be placed on, infinity for all others."""
+        return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}[role]
+
+    def open(self, slot: int, role: Role, *, placeable: bool) -> None:
+        """Whether the worker may be placed on."""
+        pool = self.pool(role)
+        pool[slot], self.alive[slot] = (0.0, 1.0) if placeable else (np.inf, 0.0)
+        self.placeable[role] = int(np.count_nonzero(pool == 0.0))
+        self._sum_up()
+
+    def rank(self, slot: int, turn: int) -> None:
+        """Its place among equals, after a change of its requests or after it was chosen."""
+        self.tie[slot] = self.requests[slot] * _TIE_REQUEST + turn * _TIE_TURN
+
+    def vacate(self, slot: int) -> None:
+        """Nobody is there: as it was at first, and there is such a column."""
+        blank = Fleet()
+        columns = [name for name, column in vars(self).items() if isinstance(column, np.ndarray)]
+        while slot >= len(self):
+            for name in columns:
+                setattr(self, name, np.concatenate((getattr(self, name), getattr(blank, name)), axis=-1))
+        for name in columns:
+            getattr(self, name)[..., slot] = getattr(blank, name)[..., 0]
+        self._by_host = None
+        for role in self.placeable:
+            self.placeable[role] = int(np.count_nonzero(self.pool(role) == 0.0))
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        alive = self.alive > 0.0
+        sizes = set(self.block_tokens[alive].tolist())
+        self.block_size = int(sizes.pop()) if len(sizes) == 1 else None
+        self.shortest_context = float(self.most_tokens[alive].min(initial=np.inf))

@@ -1,0 +1,142 @@
+"""What reports and outcomes teach, written into the fleet's columns. Knows no placement rule and no clock."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.scheduler.fleet import FAR, NEAR, Fleet
+from cluster.scheduler.rates import (
+    EXPOSED_PRIOR,
+    STEP_PRIOR,
+    TRANSFER_PRIOR,
+    Residual,
+    Shared,
+    exposed_features,
+    step_features,
+    transfer_features,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from diptych.types import How, Outcome, Prediction, Report, RequestId, StepSample, TransferSample, WorkerId
+
+_MOST_EXPECTED = 1 << 16
+"""Placements whose outcome is awaited; a front that died never tells."""
+_ANSWER_PRIOR = 256.0
+"""Tokens, until the first outcome."""
+
+
+class Learning:
+    """One cluster's. Kinds of workers are their devices; kinds of pairs are near and far."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._slots: dict[WorkerId, tuple[int, str]] = {}
+        self._steps: Shared[WorkerId] = Shared(np.array(STEP_PRIOR))
+        self._transfers: Shared[tuple[WorkerId, int]] = Shared(np.array(TRANSFER_PRIOR))
+        self._exposed: Shared[tuple[WorkerId, int]] = Shared(np.array(EXPOSED_PRIOR))
+        self._residuals: dict[How, Residual] = {}
+        self._expected: OrderedDict[RequestId, tuple[How, Prediction]] = OrderedDict()
+        self._answer_tokens: float | None = None
+
+    # ---- workers -----------------------------------------------------------------------------------
+
+    def join(self, worker: WorkerId, slot: int, device: str) -> None:
+        """It starts from the mean of its kind."""
+        self._slots[worker] = slot, device
+        self._write_steps(worker)
+        for kind in (NEAR, FAR):
+            self._write_links(worker, kind)
+
+    def leave(self, worker: WorkerId) -> None:
+        """Its kind keeps what it taught."""
+        del self._slots[worker]
+        self._steps.forget(worker)
+        for kind in (NEAR, FAR):
+            self._transfers.forget((worker, kind))
+            self._exposed.forget((worker, kind))
+
+    def reported(self, report: Report, hosts: Mapping[WorkerId, float], implied: StepSample | None) -> None:
+        """Its steps and the transfers to it; `hosts` numbers the hosts of those who may have sent them.
+
+        `implied`: what its steps took by its counters, if it didn't measure them.
+        """
+        if steps := report.steps or ((implied,) if implied else ()):
+            self._learn_steps(report.worker, steps, bounded=not implied)
+        for kind in (NEAR, FAR) if report.transfers else ():
+            here = hosts[report.worker]
+            told = [one for one in report.transfers if one.sender in hosts]
+            told = [one for one in told if (NEAR if hosts[one.sender] == here else FAR) == kind]
+            if told:
+                self._learn_transfers(report.worker, kind, told)
+
+    def _learn_steps(self, worker: WorkerId, samples: tuple[StepSample, ...], *, bounded: bool) -> None:
+        slot, device = self._slots[worker]
+        kind_moved = self._steps.learn(worker, device, [step_features(one) for one in samples if one.seconds > 0])
+        most, known = max(one.prompt_tokens for one in samples), float(self._fleet.step_tokens[slot])
+        if bounded and most and (known == np.inf or most > known):
+            self._fleet.step_tokens[slot] = most
+        for other in self._slots if kind_moved else (worker,):
+            if other == worker or other not in self._steps:
+                self._write_steps(other)
+
+    def _learn_transfers(self, worker: WorkerId, kind: int, samples: list[TransferSample]) -> None:
+        samples = [one for one in samples if one.seconds > 0]
+        moved = self._transfers.learn((worker, kind), str(kind), [transfer_features(one) for one in samples])
+        self._exposed.learn((worker, kind), str(kind), [exposed_features(one) for one in samples])
+        for other in self._slots if moved else (worker,):
+            if other == worker or (other, kind) not in self._transfers:
+                self._write_links(other, kind)
+
+    def _write_steps(self, worker: WorkerId) -> None:
+        slot, device = self._slots[worker]
+        fleet, rates = self._fleet, self._steps.of(worker, device)
+        columns = (
+            fleet.step_seconds,
+            fleet.token_seconds,
+            fleet.pair_seconds,
+            fleet.row_seconds,
+            fleet.context_seconds,
+        )
+        for column, rate in zip(columns, rates, strict=True):
+            column[slot] = rate
+
+    def _write_links(self, worker: WorkerId, kind: int) -> None:
+        slot, _ = self._slots[worker]
+        fleet, key = self._fleet, (worker, kind)
+        fleet.fetch_seconds[kind, slot], fleet.fetch_byte_seconds[kind, slot] = self._transfers.of(key, str(kind))
+        fleet.exposed_seconds[kind, slot], fleet.exposed_byte_seconds[kind, slot] = self._exposed.of(key, str(kind))
+
+    # ---- requests ----------------------------------------------------------------------------------
+
+    def residual_seconds(self, how: How) -> float:
+        """What first tokens of such requests come later than predicted without it."""
+        residual = self._residuals.get(how)
+        return residual.seconds if residual else 0.0
+
+    def answer_tokens(self, max_tokens: int) -> float:
+        """How long an answer becomes, on average."""
+        return max(1.0, min(float(max_tokens), _ANSWER_PRIOR if self._answer_tokens is None else self._answer_tokens))
+
+    def expect(self, request: RequestId, how: How, predicted: Prediction) -> None:
+        """Its outcome will be held against this."""
+        self._expected[request] = (
+            how,
+            predicted._replace(ttft_seconds=predicted.ttft_seconds - self.residual_seconds(how)),
+        )
+        if len(self._expected) > _MOST_EXPECTED:
+            self._expected.popitem(last=False)
+
+    def finished(self, outcome: Outcome) -> None:
+        """Once per request; of one that isn't known nothing is learned."""
+        how, predicted = self._expected.pop(outcome.request, (None, None))
+        if how is None or predicted is None or outcome.error:
+            return
+        known = self._answer_tokens
+        self._answer_tokens = outcome.tokens if known is None else known + 0.02 * (outcome.tokens - known)
+        if outcome.ttft_seconds is not None and (outcome.served is None or outcome.served.how == how):
+            self._residuals.setdefault(how, Residual()).learn(outcome.ttft_seconds, predicted.ttft_seconds)

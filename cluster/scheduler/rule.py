@@ -1,0 +1,51 @@
+"""The rule of placement: what of a request's estimate counts, and for how much. One number per worker and side.
+
+    cost = when the answer is complete, and how much later everybody else's are because of it
+
+Seconds of the request and of the others count alike. Where somebody promised a first token or a pace,
+what keeps to the promise costs only the work it takes (so hits win), and a second beyond it counts
+many times (so the earliest wins).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cluster.scheduler.costs import Estimate, Policy, RequestShape
+    from cluster.scheduler.fleet import Array
+
+WITHIN = 0.1
+"""What a second counts for that keeps to the promise."""
+BEYOND = 10.0
+"""What a second counts for that breaks it."""
+
+
+def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Array:
+    """Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
+    wish = shape.ttft_seconds if shape.ttft_seconds is not None else policy.ttft_seconds
+    return _weighed(estimate.first_token, wish) + estimate.compute
+
+
+def decode_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Array:
+    """Of decoding there: its own answer, the wait for room, and the longer steps of who decodes there already."""
+    wish = shape.itl_seconds if shape.itl_seconds is not None else policy.itl_seconds
+    pace = _weighed(estimate.step, wish) + estimate.rows * estimate.growth
+    if wish is not None:
+        # Those who decode there were promised as much.
+        pace += estimate.rows * BEYOND * np.clip(estimate.step - wish, 0.0, estimate.growth)
+    cost = estimate.answer_tokens * pace
+    return cost if estimate.room is None else cost + estimate.room
+
+
+def harm_cost(estimate: Estimate) -> Array:
+    """Of computing the prompt where others decode: each of them waits for it."""
+    return estimate.rows * estimate.prompt
+
+
+def _weighed(seconds: Array, wish: float | None) -> Array:
+    if wish is None:
+        return seconds
+    return WITHIN * seconds + (BEYOND - WITHIN) * np.maximum(seconds - wish, 0.0)
