@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "explain": Subcommand("cluster.cli.explain", "Why a request ran where it did."),
     "pull": Subcommand("cluster.cli.pull", "Fetch a model and say where it lies."),
     "config": Subcommand("cluster.cli.config", "The whole effective configuration and where it came from."),
+    "replay": Subcommand("cluster.cli.replay", "A trace on a live cluster."),
     "simulate": Subcommand("cluster.cli.simulate", "The real scheduler against virtual workers in virtual time."),
     "doctor": Subcommand("cluster.cli.doctor", "Check this machine and say how to mend it."),
     "completion": Subcommand("cluster.cli.completion", "Shell completion for bash, zsh or fish."),

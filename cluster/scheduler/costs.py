@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from cluster.scheduler.fleet import FAR, NEAR, Array
+from cluster.scheduler.fleet import Array
 from diptych.types import BlockHash, RequestId
 
 if TYPE_CHECKING:
@@ -125,14 +125,13 @@ def estimate(
     holder, second, fetched, fetch = _fetch(fleet, prompt_tokens, held * fleet.alive, reused)
     computed = missing if fetched is None else missing - fetched
     prompt = computed * (fleet.token_seconds + fleet.pair_seconds * (prompt_tokens - computed * 0.5))
-    beside = fleet.step_seconds + fleet.row_seconds * fleet.rows + fleet.context_seconds * fleet.context_tokens
-    compute = np.ceil(computed / fleet.step_tokens + 1e-9) * beside + prompt
+    compute = np.ceil(computed / fleet.step_tokens + 1e-9) * fleet.beside_seconds + prompt
     wait = np.maximum(idle_at - now, 0.0)
     first_token = wait + compute
     if fetch is not None:
         first_token += fetch
     growth = fleet.row_seconds + fleet.context_seconds * (prompt_tokens + 0.5 * answer_tokens)
-    step = beside + growth
+    step = fleet.beside_seconds + growth
     return Estimate(
         wait=wait,
         reused_tokens=reused,
@@ -143,7 +142,7 @@ def estimate(
         prompt=prompt,
         compute=compute,
         first_token=first_token,
-        transfer=fleet.exposed_seconds + fleet.exposed_byte_seconds * (missing * fleet.token_bytes),
+        transfer=fleet.exposed_seconds + fleet.exposed_token_seconds * missing,
         room=_room(fleet, missing, answer_tokens, step),
         step=step,
         growth=growth,
@@ -166,7 +165,8 @@ def _fetch(fleet: Fleet, prompt_tokens: int, held: Array, reused: Array) -> tupl
     fetched = np.maximum(fetched, 0.0)
     if not fetched[fetched.argmax()]:
         return holder, second, None, None
-    price = _price(fleet, holder, fetched * fleet.token_bytes)
+    fixed_seconds, token_seconds = fleet.fetching(holder)
+    price = fixed_seconds + token_seconds * fetched
     # The pairs of the tokens fetched: each one looks at all before it.
     saved = fetched * (fleet.token_seconds + fleet.pair_seconds * (reused + 0.5 * fetched))
     pays: NDArray[np.bool_] = price < saved
@@ -183,16 +183,6 @@ def _reach(fleet: Fleet, held: float, prompt_tokens: int) -> Array | float:
 
 def _whole(fleet: Fleet, slot: int, tokens: float) -> float:
     return tokens - tokens % float(fleet.block_tokens[slot])
-
-
-def _price(fleet: Fleet, holder: int, nbytes: Array) -> Array:
-    seconds, byte_seconds = fleet.fetch_seconds, fleet.fetch_byte_seconds
-    if len(fleet.by_host[1]) == 1:
-        return seconds[NEAR] + byte_seconds[NEAR] * nbytes
-    near: NDArray[np.bool_] = fleet.host == fleet.host[holder]
-    price: Array = seconds[FAR] + byte_seconds[FAR] * nbytes
-    np.copyto(price, seconds[NEAR] + byte_seconds[NEAR] * nbytes, where=near)
-    return price
 
 
 def _room(fleet: Fleet, missing: Array, answer_tokens: float, step: Array) -> Array | None:

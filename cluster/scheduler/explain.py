@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.scheduler.costs import Estimate
 from cluster.scheduler.fleet import FAR, NEAR
-from cluster.scheduler.placement import Decision, Sides, Way
+from cluster.scheduler.placement import Decision, Sides, Way, alone, pair
 from diptych.types import Candidate, CostTerm
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ def brief(decision: Decision) -> Decision:
     return decision._replace(
         way=way._replace(prefill=place.get(way.prefill, -1), decode=place[way.decode]),
         estimate=replace(found, **few),
-        sides=Sides(*(costs[..., kept] for costs in sides)),
+        sides=Sides(
+            prefill=sides.prefill[kept],
+            decode=sides.decode[:, kept],
+            local=sides.local[kept],
+            mixed=sides.mixed[kept],
+            late=sides.late,
+        ),
         ids=[decision.ids[slot] for slot in kept],
         hosts=decision.hosts[kept],
     )
@@ -89,13 +95,11 @@ def _ways(decision: Decision) -> list[Way]:
     sides, hosts = decision.sides, decision.hosts
     ways = [decision.way]
     if decision.how != "remote":
-        ways += [Way(float(sides.local[slot]), "local", -1, slot) for slot in _best(sides.local)]
-        ways += [Way(float(sides.mixed[slot]), "mixed", -1, slot) for slot in _best(sides.mixed)]
+        ways += [alone(sides, "local", slot) for slot in _best(sides.local)]
+        ways += [alone(sides, "mixed", slot) for slot in _best(sides.mixed)]
     if decision.how != "local":
         receivers = {*_best(sides.decode[NEAR]), *_best(sides.decode[FAR])}
-        for prefill, decode in product(_best(sides.prefill), receivers):
-            kind = NEAR if hosts[prefill] == hosts[decode] else FAR
-            ways.append(Way(float(sides.prefill[prefill] + sides.decode[kind, decode]), "remote", prefill, decode))
+        ways += [pair(sides, hosts, *both) for both in product(_best(sides.prefill), receivers)]
     open_ = {way[1:]: way for way in ways if way.cost < np.inf}
     return sorted(open_.values(), key=lambda way: (way[1:] != decision.way[1:], way.cost))[:_RECORDED]
 

@@ -36,6 +36,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self._by_host: tuple[Slots, Slots] | None = None
+        self._fetching: dict[float, tuple[Array, Array]] = {}
+        """By the holder's host."""
         self.placeable: dict[Role, int] = {"prefill": 0, "decode": 0, "mixed": 0}
         """Workers of each pool."""
         self.block_size: int | None = None
@@ -53,10 +55,11 @@ class Fleet:
         """Most prompt tokens seen in one step."""
         self.fetch_seconds = _column(TRANSFER_PRIOR[0], 2)
         """Of a transfer to here, whatever its size, by kind of pair."""
-        self.fetch_byte_seconds = _column(TRANSFER_PRIOR[1], 2)
+        self.fetch_token_seconds = _column(rows=2)
         self.exposed_seconds = _column(EXPOSED_PRIOR[0], 2)
         """As above, of what a hand-off doesn't hide behind computing."""
-        self.exposed_byte_seconds = _column(EXPOSED_PRIOR[1], 2)
+        self.exposed_token_seconds = _column(rows=2)
+        """Of the KV of one token."""
 
         # ---- reported and placed since ---------------------------------------------------------------
         self.idle_at = _column(rows=RANKS)
@@ -67,6 +70,8 @@ class Fleet:
         """Those of them that decode here or will: none in the prefill pool."""
         self.context_tokens = _column()
         """KV that the rows read in each step."""
+        self.beside_seconds = _column()
+        """A step as it is now, without a newcomer."""
         self.room_blocks = _column()
         """What a newcomer could have now; negative when more is on its way than fits."""
         self.tie = _column()
@@ -109,6 +114,7 @@ class Fleet:
         self.host = self.host.copy()  # Decisions that are still told of have the old one.
         self.host[slot] = host
         self._by_host = None
+        self.links_changed()
 
     def pool(self, role: Role) -> Array:
         """0 for those that may be placed on, infinity for all others."""
@@ -120,6 +126,28 @@ class Fleet:
         pool[slot], self.alive[slot] = (0.0, 1.0) if placeable else (np.inf, 0.0)
         self.placeable[role] = int(np.count_nonzero(pool == 0.0))
         self._sum_up()
+
+    def sum_step(self, slot: int) -> None:
+        """After a change of the worker's rows, their context or its rates."""
+        decoding = self.row_seconds[slot] * self.rows[slot] + self.context_seconds[slot] * self.context_tokens[slot]
+        self.beside_seconds[slot] = self.step_seconds[slot] + decoding
+
+    def fetching(self, holder: int) -> tuple[Array, Array]:
+        """Seconds that each worker needs to get anything from the holder's cache, and per token."""
+        if len(self.by_host[1]) == 1:
+            return self.fetch_seconds[NEAR], self.fetch_token_seconds[NEAR]
+        host = float(self.host[holder])
+        if host not in self._fetching:
+            near: NDArray[np.bool_] = self.host == host
+            self._fetching[host] = (
+                np.where(near, self.fetch_seconds[NEAR], self.fetch_seconds[FAR]),
+                np.where(near, self.fetch_token_seconds[NEAR], self.fetch_token_seconds[FAR]),
+            )
+        return self._fetching[host]
+
+    def links_changed(self) -> None:
+        """After a change of what transfers take, or of who is where."""
+        self._fetching.clear()
 
     def rank(self, slot: int, turn: int) -> None:
         """Its place among equals, after a change of its requests or after it was chosen."""
@@ -135,6 +163,7 @@ class Fleet:
         for name in columns:
             getattr(self, name)[..., slot] = getattr(blank, name)[..., 0]
         self._by_host = None
+        self.links_changed()
         for role in self.placeable:
             self.placeable[role] = int(np.count_nonzero(self.pool(role) == 0.0))
         self._sum_up()

@@ -40,7 +40,7 @@ class Learning:
         self._transfers: Shared[tuple[WorkerId, int]] = Shared(np.array(TRANSFER_PRIOR))
         self._exposed: Shared[tuple[WorkerId, int]] = Shared(np.array(EXPOSED_PRIOR))
         self._residuals: dict[How, Residual] = {}
-        self._expected: OrderedDict[RequestId, tuple[How, Prediction]] = OrderedDict()
+        self._expected: OrderedDict[RequestId, tuple[How, float]] = OrderedDict()
         self._answer_tokens: float | None = None
 
     # ---- workers -----------------------------------------------------------------------------------
@@ -104,12 +104,17 @@ class Learning:
         )
         for column, rate in zip(columns, rates, strict=True):
             column[slot] = rate
+        fleet.sum_step(slot)
 
     def _write_links(self, worker: WorkerId, kind: int) -> None:
         slot, _ = self._slots[worker]
         fleet, key = self._fleet, (worker, kind)
-        fleet.fetch_seconds[kind, slot], fleet.fetch_byte_seconds[kind, slot] = self._transfers.of(key, str(kind))
-        fleet.exposed_seconds[kind, slot], fleet.exposed_byte_seconds[kind, slot] = self._exposed.of(key, str(kind))
+        nbytes = fleet.token_bytes[slot]
+        fleet.fetch_seconds[kind, slot], byte_seconds = self._transfers.of(key, str(kind))
+        fleet.fetch_token_seconds[kind, slot] = nbytes * byte_seconds
+        fleet.exposed_seconds[kind, slot], byte_seconds = self._exposed.of(key, str(kind))
+        fleet.exposed_token_seconds[kind, slot] = nbytes * byte_seconds
+        fleet.links_changed()
 
     # ---- requests ----------------------------------------------------------------------------------
 
@@ -124,19 +129,17 @@ class Learning:
 
     def expect(self, request: RequestId, how: How, predicted: Prediction) -> None:
         """Its outcome will be held against this."""
-        self._expected[request] = (
-            how,
-            predicted._replace(ttft_seconds=predicted.ttft_seconds - self.residual_seconds(how)),
-        )
+        self._expected[request] = how, predicted.ttft_seconds - self.residual_seconds(how)
         if len(self._expected) > _MOST_EXPECTED:
             self._expected.popitem(last=False)
 
     def finished(self, outcome: Outcome) -> None:
         """Once per request; of one that isn't known nothing is learned."""
-        how, predicted = self._expected.pop(outcome.request, (None, None))
-        if how is None or predicted is None or outcome.error:
+        expected = self._expected.pop(outcome.request, None)
+        if expected is None or outcome.error:
             return
+        how, ttft_seconds = expected
         known = self._answer_tokens
         self._answer_tokens = outcome.tokens if known is None else known + 0.02 * (outcome.tokens - known)
         if outcome.ttft_seconds is not None and (outcome.served is None or outcome.served.how == how):
-            self._residuals.setdefault(how, Residual()).learn(outcome.ttft_seconds, predicted.ttft_seconds)
+            self._residuals.setdefault(how, Residual()).learn(outcome.ttft_seconds, ttft_seconds)

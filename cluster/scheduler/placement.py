@@ -11,7 +11,7 @@ best pair is found among the best of each side, over all hosts and on each: no P
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from diptych.errors import NoWorker, PromptTooLong
 from diptych.types import How, Placement, Prediction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cluster.scheduler.view import ClusterView
     from diptych.types import Role, WorkerId
@@ -52,6 +52,8 @@ class Sides(NamedTuple):
     """Of receiving and decoding it. Two rows: from the same host, or not."""
     local: Array
     mixed: Array
+    late: Mapping[How, float]
+    """What each way's first tokens come later than the rest predicts."""
 
 
 class Decision(NamedTuple):
@@ -93,9 +95,10 @@ def place(view: ClusterView, shape: RequestShape, policy: Policy, now: float, ra
 
 def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Policy) -> Sides:
     fleet, residual = view.fleet, view.learning.residual_seconds
+    late: dict[How, float] = {"local": residual("local"), "mixed": residual("mixed"), "remote": residual("remote")}
     computing = compute_cost(found, shape, policy)
     decoding = decode_cost(found, shape, policy) + fleet.tie
-    alone = computing + decoding + harm_cost(found)
+    both = computing + decoding + harm_cost(found)
     senders = fleet.prefill if fleet.placeable["prefill"] else fleet.mixed
     # The mixed pool alone hands nothing over.
     receivers = fleet.mixed if fleet.placeable["prefill"] and not fleet.placeable["decode"] else fleet.decode
@@ -105,11 +108,12 @@ def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Poli
         too_long = _too_long(fleet, shape.context)
         receivers, decode, mixed = receivers + too_long, decode + too_long, mixed + too_long
     return Sides(
-        prefill=computing + (fleet.tie + residual("remote")) + senders,
+        prefill=computing + fleet.tie + senders,
         # A prompt that is being computed there holds up whoever joins.
         decode=found.transfer + (decoding + found.wait + receivers),
-        local=alone + residual("local") + decode,
-        mixed=alone + residual("mixed") + mixed if fleet.placeable["mixed"] else mixed,
+        local=both + decode,
+        mixed=both + mixed if fleet.placeable["mixed"] else mixed,
+        late=late,
     )
 
 
@@ -121,52 +125,61 @@ def best_way(sides: Sides, fleet: Fleet, policy: Policy) -> Way | None:
     """The cheapest; of equals, one without a transfer."""
     ways: list[Way] = []
     if policy.how != "remote":
-        ways.append(_alone("local", sides.local))
+        ways.append(alone(sides, "local", int(sides.local.argmin())))
         if fleet.placeable["mixed"]:
-            ways.append(_alone("mixed", sides.mixed))
+            ways.append(alone(sides, "mixed", int(sides.mixed.argmin())))
     if policy.how != "local":
         ways += _pairs(sides, fleet)
     best = min(ways)
     return best if best.cost < np.inf else None
 
 
-def _alone(how: How, costs: Array) -> Way:
-    slot = int(costs.argmin())
-    return Way(float(costs[slot]), how, -1, slot)
+def alone(sides: Sides, how: Literal["local", "mixed"], slot: int) -> Way:
+    """That worker as a way."""
+    cost = float((sides.local if how == "local" else sides.mixed)[slot]) + sides.late[how]
+    return Way(cost, how, -1, slot)
 
 
 def _pairs(sides: Sides, fleet: Fleet) -> list[Way]:
-    """The best pair that shares a host, and the best that doesn't where it could be better."""
+    """The best pair that shares a host and the best that doesn't; without the one that can't be better."""
     prefill, decode = int(sides.prefill.argmin()), int(sides.decode[FAR].argmin())
-    ways = list(_near(sides, fleet, prefill))
-    if ways and ways[0].cost <= sides.prefill[prefill] + sides.decode[FAR, decode]:
-        return ways
-    ways.append(pair(sides, fleet, prefill, decode))
-    if fleet.host[prefill] == fleet.host[decode]:
-        # One of the two is in the best pair across hosts, the other is the best of all other hosts.
-        elsewhere = np.where(fleet.host == fleet.host[prefill], np.inf, 0.0)
-        ways.append(pair(sides, fleet, prefill, int((sides.decode[FAR] + elsewhere).argmin())))
-        ways.append(pair(sides, fleet, int((sides.prefill + elsewhere).argmin()), decode))
-    return ways
+    best, late = pair(sides, fleet.host, prefill, decode), sides.late["remote"]
+    if fleet.host[prefill] != fleet.host[decode]:
+        bound = late + sides.prefill[prefill] + sides.decode[NEAR, int(sides.decode[NEAR].argmin())]
+        return [best] if best.cost <= bound else [best, *_near(sides, fleet, prefill)]
+    near = list(_near(sides, fleet, prefill))
+    if near and near[0].cost <= late + sides.prefill[prefill] + sides.decode[FAR, decode]:
+        return near
+    # One of the two is in the best pair across hosts, the other is the best of all other hosts.
+    elsewhere = np.where(fleet.host == fleet.host[prefill], np.inf, 0.0)
+    other_decode = int((sides.decode[FAR] + elsewhere).argmin())
+    other_prefill = int((sides.prefill + elsewhere).argmin())
+    return [
+        best,
+        *near,
+        pair(sides, fleet.host, prefill, other_decode),
+        pair(sides, fleet.host, other_prefill, decode),
+    ]
 
 
 def _near(sides: Sides, fleet: Fleet, prefill: int) -> Iterator[Way]:
     """The best pair on one host; `prefill` is the best of all."""
     order, starts = fleet.by_host
     if len(starts) == 1:
-        yield pair(sides, fleet, prefill, int(sides.decode[NEAR].argmin()))
+        yield pair(sides, fleet.host, prefill, int(sides.decode[NEAR].argmin()))
     elif len(starts) < len(order):
         senders, receivers = sides.prefill[order], sides.decode[NEAR][order]
         host = int((np.minimum.reduceat(senders, starts) + np.minimum.reduceat(receivers, starts)).argmin())
         there = slice(int(starts[host]), int(starts[host + 1]) if host + 1 < len(starts) else len(order))
         sender, receiver = int(senders[there].argmin()), int(receivers[there].argmin())
-        yield pair(sides, fleet, int(order[there][sender]), int(order[there][receiver]))
+        yield pair(sides, fleet.host, int(order[there][sender]), int(order[there][receiver]))
 
 
-def pair(sides: Sides, fleet: Fleet, prefill: int, decode: int) -> Way:
+def pair(sides: Sides, hosts: Array, prefill: int, decode: int) -> Way:
     """That pair as a way."""
-    kind = NEAR if fleet.host[prefill] == fleet.host[decode] else FAR
-    return Way(float(sides.prefill[prefill] + sides.decode[kind, decode]), "remote", prefill, decode)
+    kind = NEAR if hosts[prefill] == hosts[decode] else FAR
+    cost = float(sides.prefill[prefill] + sides.decode[kind, decode]) + sides.late["remote"]
+    return Way(cost, "remote", prefill, decode)
 
 
 def _decision(

@@ -2,8 +2,8 @@
 
 Without them a burst of prompts with one prefix, between a placement and the report that tells of its
 blocks, would count as many misses. A promise is a guess: it fades after a while, whether kept or not, and
-what it says is rounded down to depths with three significant bits (1-8, 10, 12, 14, 16, 20, ... granules)
-and to whole prompts, so that a promise of a thousand granules costs thirty entries.
+what it says is rounded down to depths with two significant bits (1, 2, 3, 4, 6, 8, 12, 16, ... granules) and to
+whole prompts, so that a promise of a thousand granules costs twenty entries.
 """
 
 from __future__ import annotations
@@ -51,21 +51,32 @@ class Promises:
         young.update(zip(names, map(int.__or__, map(young.get, names, repeat(0)), repeat(holders)), strict=True))
 
     def depths(self, granules: Sequence[BlockHash], at: float) -> list[tuple[int, int]]:
-        """(leading granules, who was promised exactly so many), deepest first."""
+        """(leading granules, who was promised exactly so many), in any order."""
         self._fade(at)
         if not self._young and not self._old:
             return []
-        # Who was promised a depth was promised all before it.
-        if not granules or not (self._young.get(granules[0], 0) | self._old.get(granules[0], 0)):
+        if not granules:
             return []
+        # Who was promised a depth was promised all before it: where two depths agree, so do all between.
+        depths = _depths(len(granules))
         found: list[tuple[int, int]] = []
-        seen = 0
-        for depth in reversed(_depths(len(granules))):
-            name = granules[depth - 1]
-            if fresh := (self._young.get(name, 0) | self._old.get(name, 0)) & ~seen:
-                found.append((depth, fresh))
-                seen |= fresh
+        ends = [(0, self._holders(granules[0]), len(depths) - 1, self._holders(granules[-1]))]
+        if deepest := ends[0][3]:
+            found.append((depths[-1], deepest))
+        while ends:
+            low, more, high, fewer = ends.pop()
+            if more == fewer:
+                continue
+            if high - low == 1:
+                found.append((depths[low], more & ~fewer))
+                continue
+            middle = (low + high) // 2
+            there = self._holders(granules[depths[middle] - 1])
+            ends += (low, more, middle, there), (middle, there, high, fewer)
         return found
+
+    def _holders(self, name: BlockHash) -> int:
+        return self._young.get(name, 0) | self._old.get(name, 0)
 
     def revoke(self, holders: int) -> None:
         """They lost all they had, or are gone."""
@@ -88,9 +99,7 @@ class Promises:
 @lru_cache(maxsize=4096)
 def _depths(count: int) -> tuple[int, ...]:
     """Of a prompt of so many granules, rising."""
-    depths = list(range(1, min(count, 8) + 1))
-    step = 2
-    while depths and depths[-1] + step <= count:
-        depths.append(depths[-1] + step)
-        step = max(2, 1 << (depths[-1].bit_length() - 3))
-    return tuple(depths if not depths or depths[-1] == count else [*depths, count])
+    powers = [1 << power for power in range(count.bit_length())]
+    return tuple(
+        sorted({depth for power in powers for depth in (power, power + power // 2) if depth <= count} | {count} - {0})
+    )

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from diptych.types import BlockHash, RequestId
 
 
+_FEW = 8
+"""Bits that are written one by one."""
+
+
 # ---- events ------------------------------------------------------------------------------------
 
 
@@ -304,6 +308,7 @@ class ClusterView:
             held = load.blocks_held * info.layout.block_size
             fleet.rows[slot] = load.running_requests + alone
             fleet.context_tokens[slot] = held + sum(one.context_tokens for one in coming)
+            fleet.sum_step(slot)
         per_token = float(fleet.token_seconds[slot])
         for rank, seconds in enumerate(self._backlogs[slot].reported(at, load.waiting_tokens, per_token)):
             fleet.idle_at[rank, slot] = at + seconds
@@ -331,6 +336,7 @@ class ClusterView:
         fleet.rows[decodes] += 1.0
         fleet.context_tokens[decodes] += event.context_tokens
         fleet.room_blocks[decodes] -= event.blocks
+        fleet.sum_step(decodes)
         self._choose(decodes)
         # Until it is cached, and as long again: the truth takes its place when it is reported.
         holders = (event.tokens > GRANULE) << computes | (event.blocks > 1) << decodes
@@ -372,9 +378,11 @@ def _by_slot(depths: Sequence[tuple[int, int]], slots: int) -> Array:
     """(tokens, who has exactly so many) as a column."""
     tokens = np.zeros(slots)
     for depth, holders in depths:
-        if holders & (holders - 1):
-            raw = np.frombuffer(holders.to_bytes(-(-slots // 8), "little"), np.uint8)
-            tokens += depth * np.unpackbits(raw, count=slots, bitorder="little").astype(np.float64)
+        if holders.bit_count() <= _FEW:
+            while holders:
+                tokens[holders.bit_length() - 1] = depth
+                holders &= ~(1 << holders.bit_length() - 1)
         else:
-            tokens[holders.bit_length() - 1] = depth
+            raw = np.frombuffer(holders.to_bytes(-(-slots // 8), "little"), np.uint8)
+            tokens[np.flatnonzero(np.unpackbits(raw, count=slots, bitorder="little"))] = depth
     return tokens

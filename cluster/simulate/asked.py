@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from cluster.scheduler.costs import RequestShape
@@ -11,10 +12,13 @@ from diptych.types import BlockHash, FrontId, Request, RequestId, SamplingParams
 from workers.engine.sequence import Sequence, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cluster.simulate.trace import TraceRequest
     from diptych.types import Placement
 
 _NAME_BYTES = 32
+_TAG_BYTES = 2
 _FRONT = FrontId("front")
 _NO_NAME = BlockHash(bytes(_NAME_BYTES))
 
@@ -29,6 +33,8 @@ class Asked:
     block_tokens: int
     names: tuple[BlockHash, ...]
     """Of the full blocks of prompt and answer."""
+    tail: BlockHash
+    """Stands for the prompt's last block, which is partial, or for nothing."""
     attempt: int = 0
     placement: Placement | None = None
     """The last attempt's."""
@@ -64,12 +70,11 @@ class Asked:
 
     def shape(self) -> RequestShape:
         """What the scheduler is told."""
-        per_block, granules = self.block_tokens // GRANULE, self.prompt_tokens // GRANULE
-        names = [name for name in self.names[: self.prompt_tokens // self.block_tokens] for _ in range(per_block)]
-        names += [_NO_NAME] * (granules - len(names))
+        full, tail = divmod(self.prompt_tokens, self.block_tokens)
+        granules = granule_names((*self.names[:full], self.tail), self.block_tokens)
         return RequestShape(
             request=self.id,
-            granules=tuple(names),
+            granules=tuple(granules[: len(granules) - (self.block_tokens - tail + GRANULE - 1) // GRANULE]),
             prompt_tokens=self.prompt_tokens,
             max_tokens=self.content.output_tokens - self.tokens,
         )
@@ -126,13 +131,14 @@ class Namer:
         full = content.prompt_tokens // self._block_tokens
         count = (content.prompt_tokens + content.output_tokens) // self._block_tokens
         told = [self._name(block) for block in (*content.blocks[:full], *content.answer_blocks)]
-        own = [BlockHash(f"{place}/{block}".encode().rjust(_NAME_BYTES)) for block in range(len(told), count)]
+        own = [_own(place, block) for block in range(len(told), count)]
         return Asked(
             id=RequestId(f"r{place}"),
             content=content,
             arrival=arrival,
             block_tokens=self._block_tokens,
             names=(*told, *own),
+            tail=self._name(content.blocks[-1]) if len(content.blocks) > full else _own(place, count),
         )
 
     def _name(self, block: int) -> BlockHash:
@@ -145,3 +151,24 @@ class Namer:
 def block_name(block: int) -> BlockHash:
     """Of a content number."""
     return BlockHash(block.to_bytes(_NAME_BYTES, "big", signed=True))
+
+
+def granule_names(blocks: Iterable[BlockHash], block_tokens: int) -> list[BlockHash]:
+    """Of 16 tokens each: the block's own name for its last one, names derived from it for the others."""
+    before = _tags(block_tokens // GRANULE)
+    names: list[BlockHash] = []
+    for block in blocks:
+        rest = block[_TAG_BYTES:]
+        names += [BlockHash(tag + rest) for tag in before]
+        names.append(block)
+    return names
+
+
+@cache
+def _tags(granules: int) -> tuple[bytes, ...]:
+    return tuple(each.to_bytes(_TAG_BYTES, "big") for each in range(1, granules))
+
+
+def _own(place: int, block: int) -> BlockHash:
+    """Of a block that no other request has."""
+    return BlockHash(f"{place}/{block}".encode().rjust(_NAME_BYTES))

@@ -12,10 +12,9 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from cluster.scheduler.costs import RequestShape
-from cluster.simulate.asked import block_name
+from cluster.simulate.asked import block_name, granule_names
 from cluster.simulate.fleet import make_info
 from cluster.simulate.summary import percentile
-from diptych.hashing import GRANULE
 from diptych.types import Counters, Load, Outcome, Report, RequestId, StepSample, Stored, TransferSample, WorkerId
 from workers.engine.blocks import BlockPool
 
@@ -165,7 +164,7 @@ def bound(trace: Trace, constants: Constants, blind: Policy) -> Placed:
 
 
 def _shape(place: int, one: TraceRequest, names: tuple[BlockHash, ...], block_tokens: int) -> RequestShape:
-    granules = tuple(name for name in names for _ in range(block_tokens // GRANULE))
+    granules = tuple(granule_names(names, block_tokens))
     return RequestShape(
         request=RequestId(f"r{place}"), granules=granules, prompt_tokens=one.prompt_tokens, max_tokens=1
     )

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.explain import brief, candidates, reason
-from cluster.scheduler.placement import pair, place
+from cluster.scheduler.placement import alone, pair, place
 from cluster.scheduler.rates import STEP_PRIOR, TRANSFER_PRIOR
 from cluster.scheduler.view import ClusterView, Reported, RequestFinished, TimePassed, WorkerJoined
 from diptych.errors import NoWorker, PromptTooLong
@@ -422,6 +422,6 @@ def test_no_pair_and_no_single_worker_is_cheaper_than_the_chosen_way(
     decision = some.place(1000)
     sides, workers = decision.sides, some.view.workers
     slots = [[workers[WorkerId(name)].slot for name, _ in named if name[0] == role] for role in "pd"]
-    pairs = [pair(sides, some.view.fleet, *both).cost for both in product(*slots)]
-    alone = [float(sides.local[slot]) for slot in slots[1]]
-    assert decision.way.cost == min(pairs + alone)
+    pairs = [pair(sides, decision.hosts, *both).cost for both in product(*slots)]
+    single = [alone(sides, "local", slot).cost for slot in slots[1]]
+    assert decision.way.cost == min(pairs + single)
