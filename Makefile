@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-relay bench-sampling bench-transfer check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-relay bench-sampling bench-transfer check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test-full: test ## Also what takes longer than CI has, with real clients of all 
 k8s-check: ## Render every kustomization, validate and lint it; lint tests
 	@tools/setup.sh test,dev,k8s
 	@exec $(BIN)/python -m pytest -m "k8s and not full" tests/k8s $(PYTEST_ARGS)
+
+bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1 --weights auto,bf16,torch"
+	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.engine $(ARGS)
 
 bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
 	@exec $(BIN)/python tests/bench/relay.py $(ARGS)

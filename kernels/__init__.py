@@ -5,7 +5,7 @@ implementation per device with the same name and signature; this module picks on
 device. Nobody passes a backend name.
 """
 
-from kernels.cpu.decoder import Segment
+from kernels.cpu.decoder import Logits, Segment
 from kernels.granules import pack_granules, unpack_granules
 from kernels.reference.attention import DecodeTable, decode_attention, prefill_attention
 from kernels.reference.blocks import write_kv
@@ -29,6 +29,7 @@ __all__ = [
     "GRANULE",
     "DecodeTable",
     "Granules",
+    "Logits",
     "Penalties",
     "Places",
     "Sampling",

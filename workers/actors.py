@@ -153,6 +153,10 @@ class WorkerActor:
 
         self._it.report_to(report)
 
+    async def drain(self, timeout_seconds: float) -> int:
+        """How many answers went elsewhere."""
+        return await self._it.drain(timeout_seconds)
+
     async def stop(self, timeout_seconds: float) -> bool:
         """Before the process is ended: streams, links and the engine."""
         return await self._it.stop(timeout_seconds) if self._worker else True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from diptych.errors import Internal, LayoutMismatch, Rejected, ServingError, TransferFailed
+from diptych.errors import Draining, Internal, LayoutMismatch, Rejected, ServingError, TransferFailed
 from diptych.hashing import granules_per_block
 from diptych.types import (
     Failure,
@@ -182,6 +182,15 @@ class DecodeRole:
             if answer := self._by_sequence.get(sequence):
                 self._effects.emit(answer.request.front, Failure(answer.request.id, answer.attempt, error))
                 self._end(answer, str(error))
+
+    def hand_back(self, reason: str) -> int:
+        """Every front is told to go on elsewhere; what was computed stays in the cache. How many answers that were."""
+        answers = list(self._answers.values())
+        for answer in answers:
+            error = Draining(f"{answer.request.id}: {reason}")
+            self._effects.emit(answer.request.front, Failure(answer.request.id, answer.attempt, error))
+            self._end(answer, reason)
+        return len(answers)
 
     def fail_all(self, reason: str) -> None:
         """The engine broke: every front hears of it."""

@@ -71,6 +71,9 @@ from workers.transfer.sending import Sender
 from workers.transfer.shared_arena import SharedArena
 
 T = TypeVar("T")
+_QUIET_SECONDS = 1.0
+"""So long nobody needed a block of a worker that drains: those who go on elsewhere would have come."""
+_LOOK_SECONDS = 0.05
 _LAST_WORDS_SECONDS = 1.0
 """How long a worker without an engine waits for fronts to hear of it."""
 
@@ -92,6 +95,7 @@ class Worker:
         self._reporter = Reporter(spec.id, spec.epoch, self._engine.request_full_report)
         self._arrivals = itertools.count()
         self._stopping = False
+        self._draining = False
         self._orders: set[tuple[RequestId, int]] = set()
         """Orders of decode workers that were not answered yet."""
         self._grants: set[tuple[RequestId, int]] = set()
@@ -157,6 +161,22 @@ class Worker:
         """Where reports go. A new scheduler gets a full one."""
         self._reporter.report_to(report)
 
+    async def drain(self, timeout_seconds: float) -> int:
+        """Takes nothing new; its answers go on elsewhere. Returns how many, when nobody needs its blocks any more.
+
+        Its cache can be borrowed from all the while: that is how the KV of its answers goes with them.
+        """
+        self._draining = True
+        moved: int = await self._answered(lambda reply: reply(self._roles.decode.hand_back(f"{self.spec.id} drains")))
+        end = self._loop.time() + timeout_seconds
+        quiet_since = self._loop.time()
+        while self._loop.time() < end and self._loop.time() - quiet_since < _QUIET_SECONDS:
+            await asyncio.sleep(_LOOK_SECONDS)
+            owners: int = await self._answered(lambda reply: reply(len(self._roles.engine.pool.owners())))
+            if owners or self._orders:
+                quiet_since = self._loop.time()
+        return moved
+
     async def stop(self, timeout_seconds: float = 10.0) -> bool:
         """Streams end, links close, the engine stops after its step. Whether all did in time."""
         self._stopping = True
@@ -195,10 +215,13 @@ class Worker:
 
     async def submit(self, request: Request, attempt: int, placement: Placement) -> None:
         """Own the request. Raises PromptTooLong when it could never fit, Draining when going away."""
-        if self._stopping:
-            raise Draining(f"{self.spec.id} is stopping")
+        self._check_serves()
         self._check_fits(request)
         self._engine.post(self._submit, request, attempt, placement)
+
+    def _check_serves(self) -> None:
+        if self._stopping or self._draining:
+            raise Draining(f"{self.spec.id} is {'stopping' if self._stopping else 'draining'}")
 
     def _submit(self, request: Request, attempt: int, placement: Placement) -> None:
         self._roles.decode.submit(request, attempt, placement, next(self._arrivals))
@@ -230,6 +253,7 @@ class Worker:
         return self._offer
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
+        self._check_serves()
         key = (order.request.id, order.attempt)
         if key in self._orders:
             raise TransferFailed(f"{order.request.id}: ordered twice")

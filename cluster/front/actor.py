@@ -9,6 +9,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cluster.front.desk import Desk
 from cluster.front.scheduler_calls import SchedulerCalls
 from diptych.errors import WorkerLost
 from diptych.packing import unpacked
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from cluster.front.http import HttpServer
     from cluster.journal import Entry, Level
     from cluster.observe.log_outlet import LogOutlet
+    from diptych.errors import ServingError
     from diptych.types import (
+        Changed,
         FrontId,
         ModelSource,
+        Operation,
         Outgoing,
         Placement,
         Request,
@@ -74,6 +78,7 @@ class FrontActor:
         self._http: HttpServer | None = None
         self._grpc: grpc.aio.Server | None = None
         self._log: LogOutlet | None = None
+        self._desk = Desk()
 
     async def prepare(self, scheduler: Any) -> int:  # noqa: ANN401 (handles are untyped)
         """Load the text side: in parallel with the workers' loading of weights. Its process."""
@@ -85,7 +90,7 @@ class FrontActor:
         self._log.install(self._spec.log_level)
         text = await asyncio.to_thread(TextModel.load, self._spec.model)
         self._scheduler = SchedulerCalls(scheduler, _PATIENCES * self._spec.identity.patience_seconds)
-        self._dispatcher = Dispatcher(self._spec.identity, text, self._scheduler)
+        self._dispatcher = Dispatcher(self._spec.identity, text, self._scheduler, self._desk)
         return os.getpid()
 
     async def log(self) -> AsyncGenerator[tuple[Entry, ...], None]:
@@ -93,6 +98,15 @@ class FrontActor:
         assert self._log is not None, "prepare comes first"
         async for entries in self._log.batches():
             yield entries
+
+    async def operations(self) -> AsyncGenerator[tuple[int, Operation], None]:
+        """What operators want of the cluster's owner, until this front is closed."""
+        async for wanted in self._desk.operations():
+            yield wanted
+
+    async def settle(self, number: int, outcome: Changed | ServingError) -> None:
+        """The owner's answer to an operation."""
+        self._desk.settle(number, outcome)
 
     async def use_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
         """The one before is dead; who waits for its answer asks this one."""
@@ -121,6 +135,7 @@ class FrontActor:
 
     async def close(self) -> None:
         """No new requests; running ones have a grace, then they are told, and who does not listen is cut off."""
+        self._desk.close()
         if self._dispatcher:
             told_seconds = _TOLD_SHARE * self._spec.grace_seconds
             asyncio.get_running_loop().call_later(told_seconds, self._dispatcher.fail_all)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.front.answer import Answer
+from cluster.front.desk import Desk
 from cluster.front.fallback import Own, place_alone
 from cluster.front.inbox import Inbox
 from cluster.front.life import Life
@@ -29,10 +30,12 @@ from diptych.errors import DeadlineExceeded, Draining, Overloaded, ServingError,
 from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
+    Changed,
     ClusterStatus,
     Emission,
     Explanation,
     FrontId,
+    Operation,
     Outcome,
     Outgoing,
     Placement,
@@ -114,10 +117,14 @@ class FrontIdentity:
 class Dispatcher:
     """Implements `cluster.front.service.Service`. Lives on one event loop."""
 
-    def __init__(self, identity: FrontIdentity, text: TextModel, scheduler: SchedulerPort) -> None:
+    def __init__(
+        self, identity: FrontIdentity, text: TextModel, scheduler: SchedulerPort, desk: Desk | None = None
+    ) -> None:
+        """`desk`: where the owner of the workers takes operations."""
         self._identity = identity
         self._text = text
         self._scheduler = scheduler
+        self._desk = desk or Desk()
         self._outcomes = Outcomes(scheduler)
         self._members: dict[WorkerId, _Member] = {}
         self._inboxes: dict[RequestId, Inbox] = {}
@@ -139,6 +146,7 @@ class Dispatcher:
         for worker, (info, port) in workers.items():
             known = self._members.get(worker)
             if known and known.info.epoch == info.epoch:
+                known.info = info  # its role may be another
                 continue
             if known:
                 self._forget(worker)
@@ -214,6 +222,9 @@ class Dispatcher:
         if self._status is None or now - self._status[0] > _STATUS_SECONDS:
             self._status = (now, await self._scheduler.status())
         return self._status[1]
+
+    async def change(self, operation: Operation) -> Changed:
+        return await self._desk.perform(operation)
 
     async def explain(self, request: str) -> tuple[Explanation, ...]:
         return await self._scheduler.explain(request)

@@ -31,13 +31,17 @@ from diptych.v1.inference_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from cluster.front import service
     from diptych import types
     from diptych.v1.inference_pb2 import Chat, GenerateRequest
 
-_ROLES: Final = {"prefill": Role.ROLE_PREFILL, "decode": Role.ROLE_DECODE, "mixed": Role.ROLE_MIXED}
+_ROLES: Final[Mapping[types.Role, Role]] = {
+    "prefill": Role.ROLE_PREFILL,
+    "decode": Role.ROLE_DECODE,
+    "mixed": Role.ROLE_MIXED,
+}
 _FINISHES: Final = {"stop": FinishReason.FINISH_REASON_STOP, "length": FinishReason.FINISH_REASON_LENGTH}
 _PROMPT_TOKENS: Final = 4096
 """Of so many a message tells: their best alternatives take up to 200 bytes each, a message 8 MiB."""
@@ -167,6 +171,14 @@ def _queue_of(queue: types.QueueStatus) -> QueueStatus:
         waited_seconds=queue.waited_seconds,
         rejected=dict(queue.rejected),
     )
+
+
+def role_of(role: int) -> types.Role:
+    """Raises InvalidRequest for none of them."""
+    for name, number in _ROLES.items():
+        if number == role:
+            return name
+    raise InvalidRequest("which role? prefill, decode or mixed", param="role")
 
 
 def _worker_of(worker: types.WorkerStatus) -> WorkerStatus:

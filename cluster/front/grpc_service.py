@@ -29,6 +29,7 @@ from cluster.front.grpc_messages import (
     chunks_of,
     complete_of,
     path_of,
+    role_of,
     status_of,
     turns_of,
     wanted_of,
@@ -38,6 +39,7 @@ from cluster.front.patience import Patience
 from cluster.front.request_log import RequestLog
 from cluster.front.wanted import check_token_ids
 from diptych.errors import InvalidRequest
+from diptych.types import DrainWorker, ScalePool, SetWorkerRole, WorkerId
 from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -46,7 +48,18 @@ if TYPE_CHECKING:
     from cluster.front.grpc_calls import Context
     from cluster.front.request_log import Record
     from cluster.front.service import Ask, Delta, Service
-    from diptych.v1.admin_pb2 import ExplainRequest, ExplainResponse, GetStatusRequest, GetStatusResponse
+    from diptych.v1.admin_pb2 import (
+        DrainRequest,
+        DrainResponse,
+        ExplainRequest,
+        ExplainResponse,
+        GetStatusRequest,
+        GetStatusResponse,
+        ScaleRequest,
+        ScaleResponse,
+        SetRoleRequest,
+        SetRoleResponse,
+    )
     from diptych.v1.inference_pb2 import (
         DetokenizeRequest,
         DetokenizeResponse,
@@ -60,6 +73,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES: Final = 8 << 20
 STALL_TIMEOUT_SECONDS: Final = 60.0
 """A client that reads nothing for so long has its call ended and its blocks freed."""
+MOST_WORKERS: Final = 4096
+"""Of a pool; more is a slip of the finger."""
 MAX_CONCURRENT_STREAMS: Final = 1024
 """Per connection; a further call waits in its client."""
 
@@ -182,6 +197,35 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             if not request.request_id:
                 raise InvalidRequest("whose? Give the request_id that came with the answer", param="request_id")
             return explained(await self._service.explain(request.request_id))
+
+    async def Drain(self, request: DrainRequest, context: Context) -> DrainResponse:
+        """A worker out of service."""
+        async with answering(context, self._log.record(_new_id(), "grpc", "Drain")):
+            worker = WorkerId(_named(request.worker))
+            changed = await self._service.change(DrainWorker(worker=worker, replace=request.replace))
+            return admin_pb2.DrainResponse(moved=changed.moved, seconds=changed.seconds)
+
+    async def SetRole(self, request: SetRoleRequest, context: Context) -> SetRoleResponse:
+        """A worker's role from now on."""
+        async with answering(context, self._log.record(_new_id(), "grpc", "SetRole")):
+            worker, role = WorkerId(_named(request.worker)), role_of(request.role)
+            changed = await self._service.change(SetWorkerRole(worker=worker, role=role))
+            return admin_pb2.SetRoleResponse(seconds=changed.seconds)
+
+    async def Scale(self, request: ScaleRequest, context: Context) -> ScaleResponse:
+        """A pool's size."""
+        async with answering(context, self._log.record(_new_id(), "grpc", "Scale")):
+            if request.workers > MOST_WORKERS:
+                raise InvalidRequest(f"workers is {request.workers}, at most {MOST_WORKERS}", param="workers")
+            role = role_of(request.role)
+            changed = await self._service.change(ScalePool(role=role, workers=request.workers))
+            return admin_pb2.ScaleResponse(started=changed.started, ended=changed.ended, seconds=changed.seconds)
+
+
+def _named(worker: str) -> str:
+    if not worker:
+        raise InvalidRequest("which worker? `diptych status` lists them", param="worker")
+    return worker
 
 
 def _new_id(kind: str = "req") -> str:

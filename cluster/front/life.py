@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from diptych.errors import Draining
 from diptych.hashing import GRANULE, granule_hashes
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Life:
         """An attempt ended. Raises `error` when there is no other."""
         if self.inbox.spoke:
             self.losses, self.waits_until = 0, None
-        self.losses += 1
+        if not isinstance(error, Draining):
+            self.losses += 1
         if self.losses > _LOSSES or self.inbox.attempt + 1 >= _ATTEMPTS:
             raise error
 

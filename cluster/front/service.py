@@ -9,7 +9,17 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from diptych.types import ClusterStatus, Explanation, Finish, RequestId, SamplingParams, Served, TokenLogprobs
+from diptych.types import (
+    Changed,
+    ClusterStatus,
+    Explanation,
+    Finish,
+    Operation,
+    RequestId,
+    SamplingParams,
+    Served,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from cluster.front.tokenizer import TextModel
@@ -98,6 +108,10 @@ class Service(Protocol):
 
     async def status(self) -> ClusterStatus:
         """The scheduler's view, at most a second old."""
+        ...
+
+    async def change(self, operation: Operation) -> Changed:
+        """Operate the cluster; what that did. Raises ServingError."""
         ...
 
     async def explain(self, request: str) -> tuple[Explanation, ...]:

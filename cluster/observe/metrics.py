@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cluster.front.service import Ask, Delta, Service, Usage
     from cluster.front.tokenizer import TextModel
-    from diptych.types import ClusterStatus, Explanation
+    from diptych.types import Changed, ClusterStatus, Explanation, Operation
 
 STATUS_TIMEOUT_SECONDS: Final = 2.0
 
@@ -142,6 +142,9 @@ class _ObservedService:
 
     async def status(self) -> ClusterStatus:
         return await self._service.status()
+
+    async def change(self, operation: Operation) -> Changed:
+        return await self._service.change(operation)
 
     async def explain(self, request: str) -> tuple[Explanation, ...]:
         return await self._service.explain(request)

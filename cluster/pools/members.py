@@ -73,31 +73,32 @@ def first_members(config: Config, site: Site) -> list[WorkerSpec]:
         ("decode", pools.decode.workers),
         ("mixed", pools.mixed.workers),
     ]
-    total = sum(count for _, count in counts)
-    # Two busy OpenMP teams on the same cores collapse: the cores are shared out.
-    threads = config.engine.threads or max(1, int(site.cpus) // total)
-    return [
-        WorkerSpec(
-            id=WorkerId(f"{role}-{number}"),
-            role=role,
-            epoch=0,
-            model=site.model,
-            dtype=config.model.served_dtype,
-            block_size=config.kv.block_size,
-            memory_bytes=0 if config.kv.memory == "auto" else config.kv.memory,
-            max_batch_tokens=config.engine.max_batch_tokens,
-            max_running=config.engine.max_running,
-            threads=threads,
-            device=device_of(config, site),
-            host=site.host,
-            link=config.kv.link,
-            wire=config.kv.wire,
-            verify=config.kv.verify,
-            secret=site.secret,
-            lease_seconds=config.kv.lease_seconds,
-            cache=site.cache,
-            weights=config.engine.weights,
-        )
-        for role, count in counts
-        for number in range(count)
-    ]
+    return [member(config, site, role, number) for role, count in counts for number in range(count)]
+
+
+def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
+    """A worker of a pool, in its first life."""
+    pools = config.pools
+    total = pools.prefill.workers + pools.decode.workers + pools.mixed.workers
+    return WorkerSpec(
+        id=WorkerId(f"{role}-{number}"),
+        role=role,
+        epoch=0,
+        model=site.model,
+        dtype=config.model.served_dtype,
+        block_size=config.kv.block_size,
+        memory_bytes=0 if config.kv.memory == "auto" else config.kv.memory,
+        max_batch_tokens=config.engine.max_batch_tokens,
+        max_running=config.engine.max_running,
+        # Two busy OpenMP teams on the same cores collapse: the cores are shared out.
+        threads=config.engine.threads or max(1, int(site.cpus) // total),
+        device=device_of(config, site),
+        host=site.host,
+        link=config.kv.link,
+        wire=config.kv.wire,
+        verify=config.kv.verify,
+        secret=site.secret,
+        lease_seconds=config.kv.lease_seconds,
+        cache=site.cache,
+        weights=config.engine.weights,
+    )

@@ -19,6 +19,8 @@ class WorkerPart:
     deaths: Deaths = field(default_factory=Deaths)
     lost: bool = False
     """It died too often and does not come back."""
+    retiring: bool = False
+    """It ends because somebody wants it to: its death is no news."""
 
 
 @dataclass(slots=True, eq=False)

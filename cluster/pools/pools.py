@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,15 @@ from cluster.config import Config
 from cluster.front.actor import Ports
 from cluster.journal import Entry, Say
 from cluster.models.progress import Step
+from cluster.pools.changes import Changes
 from cluster.pools.listeners import Listeners
-from cluster.pools.members import Site, device_of, first_members, front_addresses
+from cluster.pools.members import Site, device_of, first_members, front_addresses, member
 from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
 from cluster.pools.room import Room, wait_room
 from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
 from diptych.errors import Internal, ServingError
-from diptych.types import ClusterStatus, WorkerId, WorkerInfo
+from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo
 from workers.actors import answer
 
 _START_SECONDS = 600.0
@@ -52,6 +53,7 @@ class Pools:
         self._scheduler_deaths = Deaths()
         self._watches: set[asyncio.Task[None]] = set()
         self._listeners = Listeners(add)
+        self._changes = Changes(config, site, self)
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> tuple[Ports, ...]:
@@ -93,6 +95,7 @@ class Pools:
 
     async def stop(self) -> None:
         """In order: fronts first, so that nobody is cut off who could have ended."""
+        self._changes.close()
         for watch in self._watches:
             watch.cancel()
         grace = self._site.grace_seconds
@@ -104,6 +107,53 @@ class Pools:
         handles = [self._scheduler, *(part.handle for part in [*self._fronts, *self._workers.values()])]
         ends = [self._bounded(end(handle), "a process", _END_SECONDS) for handle in handles if handle is not None]
         await asyncio.gather(*ends)
+
+    # ---- changes (cluster.pools.changes.House) -------------------------------------------------------------
+
+    @property
+    def workers(self) -> Mapping[WorkerId, WorkerPart]:
+        return self._workers
+
+    @property
+    def scheduler(self) -> Any:  # noqa: ANN401
+        return self._scheduler
+
+    def part(self, role: Role, number: int) -> WorkerPart:
+        spec = member(self._config, self._site, role, number)
+        return WorkerPart(spec, self._make.worker(spec))
+
+    async def add(self, part: WorkerPart) -> None:
+        self._workers[part.spec.id], part.retiring = part, False
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await self._begin(part)
+        except (ServingError, TimeoutError) as error:
+            part.info = None
+            del self._workers[part.spec.id]
+            ray.kill(part.handle)  # pyright: ignore[reportUnknownMemberType]
+            raise Internal(f"{part.spec.id} did not start: {error}") from error
+        self._watch(self._keep_worker(part))
+
+    async def renew(self, part: WorkerPart) -> None:
+        part.spec = replace(part.spec, epoch=part.spec.epoch + 1)
+        part.handle = self._make.worker(part.spec)
+        await self.add(part)
+
+    async def retire(self, part: WorkerPart) -> None:
+        part.retiring, part.info = True, None
+        del self._workers[part.spec.id]
+        leave = self._scheduler.leave.remote(part.spec.id, part.spec.epoch)
+        await self._bounded(leave, "the scheduler", _CALL_SECONDS)
+        await self.reintroduce()
+        grace = self._site.grace_seconds
+        await self._bounded(part.handle.stop.remote(grace), part.spec.id, grace + 1)
+        await self._bounded(end(part.handle), part.spec.id, _END_SECONDS)
+        self._say(f"{part.spec.id} was drained and has ended")
+
+    async def _begin(self, part: WorkerPart) -> None:
+        await self._start_worker(part)
+        await self.reintroduce()
+        await self._join(part)
 
     # ---- workers ------------------------------------------------------------------------------------------
 
@@ -133,15 +183,16 @@ class Pools:
     async def _keep_worker(self, worker: WorkerPart) -> None:
         """Its life and its next lives."""
         while worker.info is not None:
+            handle, who = worker.handle, worker.spec.id
             pid = None if self._site.joined else worker.info.pid
-            how = await wait_end(
-                worker.handle, worker.spec.id, silence_of(worker.handle, worker.spec.id), self._patience_seconds, pid
-            )
+            how = await wait_end(handle, who, silence_of(handle, who), self._patience_seconds, pid)
+            if worker.retiring or worker.handle is not handle:
+                return  # it was to end, and has a successor perhaps, which is watched
             self._say(f"{worker.spec.id} {how}", "warning")
             worker.info = None
             leave = self._scheduler.leave.remote(worker.spec.id, worker.spec.epoch)
             await self._bounded(leave, "the scheduler", _CALL_SECONDS)
-            await self._reintroduce()
+            await self.reintroduce()
             await self._replace_worker(worker)
 
     async def _replace_worker(self, worker: WorkerPart) -> None:
@@ -154,9 +205,7 @@ class Pools:
             worker.handle = self._make.worker(worker.spec)
             try:
                 async with asyncio.timeout(_START_SECONDS):
-                    await self._start_worker(worker)
-                    await self._reintroduce()
-                    await self._join(worker)
+                    await self._begin(worker)
             except (ServingError, TimeoutError) as error:
                 worker.info = None
                 ray.kill(worker.handle)  # pyright: ignore[reportUnknownMemberType]
@@ -174,6 +223,7 @@ class Pools:
         front.pid = await answer(front.handle.prepare.remote(self._scheduler), front.id)
         front.prepared = True
         self._listeners.hear(front.handle)
+        self._changes.hear(front.handle)
 
     async def _open_front(self, front: FrontPart) -> Ports:
         ports: Ports = await answer(front.handle.open.remote(), front.id)
@@ -221,7 +271,7 @@ class Pools:
             if self._scheduler_deaths.too_many:
                 return self._break(f"{who} died {self._scheduler_deaths}")
             self._scheduler = self._make.scheduler()
-            joins = [self._join(worker) for worker in self._workers.values() if worker.info]
+            joins = [self._join(worker) for worker in self._workers.values() if worker.info and not worker.retiring]
             await self._all_bounded(joins, who, _CALL_SECONDS)
             tells = [front.handle.use_scheduler.remote(self._scheduler) for front in self._fronts if front.prepared]
             await self._all_bounded(tells, "a front", _CALL_SECONDS)
@@ -241,7 +291,7 @@ class Pools:
             calls.append(answer(handle.meet.remote(peers), worker))
         await asyncio.gather(*calls)
 
-    async def _reintroduce(self) -> None:
+    async def reintroduce(self) -> None:
         """After a change. A member that dies meanwhile has its own watch."""
         try:
             async with asyncio.timeout(_CALL_SECONDS):

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
     from cluster.scheduler.costs import RequestShape
     from diptych.errors import ServingError
-    from diptych.types import ClusterStatus, Explanation, Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
+    from diptych.types import (
+        ClusterStatus,
+        Explanation,
+        Outcome,
+        Placement,
+        Report,
+        RequestId,
+        Role,
+        WorkerId,
+        WorkerInfo,
+    )
 
 
 class SchedulerActor:
@@ -39,6 +49,14 @@ class SchedulerActor:
     async def leave(self, worker: WorkerId, epoch: int) -> None:
         """That incarnation of the worker is gone."""
         self._scheduler.leave(worker, epoch)
+
+    async def drain(self, worker: WorkerId, epoch: int) -> None:
+        """It gets nothing new."""
+        self._scheduler.drain(worker, epoch)
+
+    async def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
+        """What it gets from now on."""
+        self._scheduler.set_role(worker, epoch, role)
 
     async def report(self, report: Report) -> bool:
         """Whether the worker's next report has to be a full one."""

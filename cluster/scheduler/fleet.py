@@ -120,10 +120,10 @@ class Fleet:
         """0 for those that may be placed on, infinity for all others."""
         return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}[role]
 
-    def open(self, slot: int, role: Role, *, placeable: bool) -> None:
-        """Whether the worker may be placed on."""
+    def open(self, slot: int, role: Role, *, placeable: bool, alive: bool) -> None:
+        """Whether the worker may be placed on, and whether it would answer."""
         pool = self.pool(role)
-        pool[slot], self.alive[slot] = (0.0, 1.0) if placeable else (np.inf, 0.0)
+        pool[slot], self.alive[slot] = 0.0 if placeable else np.inf, float(alive)
         self.placeable[role] = int(np.count_nonzero(pool == 0.0))
         self._sum_up()
 

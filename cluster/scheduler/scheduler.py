@@ -21,7 +21,9 @@ from cluster.scheduler.view import (
     ClusterView,
     Reported,
     RequestFinished,
+    RoleChanged,
     TimePassed,
+    WorkerDrains,
     WorkerJoined,
     WorkerLeft,
     WorkerView,
@@ -37,6 +39,7 @@ from diptych.types import (
     QueueStatus,
     Report,
     RequestId,
+    Role,
     WorkerId,
     WorkerInfo,
     WorkerStatus,
@@ -98,6 +101,14 @@ class Scheduler:
     def leave(self, worker: WorkerId, epoch: int) -> None:
         """That incarnation is gone; a later one of the same name is not touched."""
         self._view.apply(WorkerLeft(worker=worker, epoch=epoch))
+
+    def drain(self, worker: WorkerId, epoch: int) -> None:
+        """It gets nothing new; prefixes are still fetched from its cache."""
+        self._view.apply(WorkerDrains(worker=worker, epoch=epoch))
+
+    def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
+        """What it gets from now on."""
+        self._view.apply(RoleChanged(worker=worker, epoch=epoch, role=role))
 
     def report(self, report: Report, now: float) -> bool:
         """Whether the worker's next report has to be a full one."""

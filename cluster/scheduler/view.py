@@ -50,6 +50,23 @@ class WorkerLeft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDrains:
+    """It gets nothing new; its cache can still be borrowed from."""
+
+    worker: WorkerId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleChanged:
+    """What it gets from now on; what it has it keeps."""
+
+    worker: WorkerId
+    epoch: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
     """A worker's report arrived."""
 
@@ -94,7 +111,9 @@ class TimePassed:
     at: float
 
 
-Event: TypeAlias = WorkerJoined | WorkerLeft | Reported | RequestPlaced | RequestFinished | TimePassed
+Event: TypeAlias = (
+    WorkerJoined | WorkerLeft | WorkerDrains | RoleChanged | Reported | RequestPlaced | RequestFinished | TimePassed
+)
 
 
 # ---- the view ----------------------------------------------------------------------------------
@@ -116,6 +135,12 @@ class WorkerView:
     needs_full: bool = False
     """Reports were lost: its index entries are a guess until it tells everything anew."""
     stale: bool = False
+    draining: bool = False
+
+    @property
+    def placeable(self) -> bool:
+        """Whether it gets new work."""
+        return not self.stale and not self.draining
 
 
 class _Coming(NamedTuple):
@@ -172,8 +197,8 @@ class ClusterView:
         return len(self._index)
 
     def pool(self, role: Role) -> list[WorkerView]:
-        """Those that can be placed on: not stale."""
-        return [worker for worker in self._workers.values() if worker.info.role == role and not worker.stale]
+        """Those that can be placed on."""
+        return [worker for worker in self._workers.values() if worker.info.role == role and worker.placeable]
 
     def longest_prefix(self, granules: Sequence[BlockHash]) -> Mapping[WorkerId, int]:
         """Leading prompt tokens that each worker holds; absent where it is none."""
@@ -203,6 +228,12 @@ class ClusterView:
             case WorkerLeft(worker=worker, epoch=epoch):
                 if self._is_current(worker, epoch):
                     self._remove(worker)
+            case WorkerDrains(worker=worker, epoch=epoch):
+                if self._is_current(worker, epoch):
+                    self._reopen(replace(self._workers[worker], draining=True))
+            case RoleChanged(worker=worker, epoch=epoch):
+                if self._is_current(worker, epoch):
+                    self._role_changed(event)
             case Reported(report=report, at=at):
                 if self._is_current(report.worker, report.epoch):
                     self._reported(report, at)
@@ -222,7 +253,7 @@ class ClusterView:
         for id_, worker in self._workers.items():
             assert self._ids[worker.slot] == id_, f"{id_} is not at its slot"
             placeable = self.fleet.pool(worker.info.role)[worker.slot] == 0
-            assert placeable != worker.stale, f"{id_} is placed on though it is silent, or not though it isn't"
+            assert placeable == worker.placeable, f"{id_} is placed on though it shouldn't be, or not though it should"
         assert int(self.fleet.alive.sum()) == sum(not worker.stale for worker in self._workers.values())
 
     def _is_current(self, worker: WorkerId, epoch: int) -> bool:
@@ -254,7 +285,7 @@ class ClusterView:
         fleet.most_tokens[slot] = info.max_context
         fleet.settle(slot, self._hosts[info.id])
         fleet.room_blocks[slot] = info.blocks
-        fleet.open(slot, info.role, placeable=True)
+        fleet.open(slot, info.role, placeable=True, alive=True)
         self.learning.join(info.id, slot, info.device)
 
     def _remove(self, worker: WorkerId) -> None:
@@ -265,6 +296,16 @@ class ClusterView:
         self.learning.leave(worker)
         self.fleet.vacate(slot)
         del self._backlogs[slot], self._coming[slot], self._turns[slot], self._hosts[worker]
+
+    def _reopen(self, worker: WorkerView) -> None:
+        """It may be placed on, or not any more."""
+        self._workers[worker.info.id] = worker
+        self.fleet.open(worker.slot, worker.info.role, placeable=worker.placeable, alive=not worker.stale)
+
+    def _role_changed(self, event: RoleChanged) -> None:
+        worker = self._workers[event.worker]
+        self.fleet.open(worker.slot, worker.info.role, placeable=False, alive=True)
+        self._reopen(replace(worker, info=replace(worker.info, role=event.role)))
 
     def _reported(self, report: Report, at: float) -> None:
         worker = self._workers[report.worker]
@@ -281,9 +322,10 @@ class ClusterView:
             heard=at,
             number=report.number,
             needs_full=needs_full,
+            draining=worker.draining,
         )
         if worker.stale:
-            self.fleet.open(worker.slot, worker.info.role, placeable=True)
+            self._reopen(self._workers[report.worker])
         if report.full:
             self._index.apply(report.worker, Cleared())
         if not needs_full:
@@ -352,13 +394,12 @@ class ClusterView:
 
     def _time_passed(self, at: float) -> None:
         oldest = at
-        for id_, worker in self._workers.items():
+        for worker in tuple(self._workers.values()):
             stale = at - worker.heard > self._stale_seconds
             if not stale:
                 oldest = min(oldest, worker.heard)
             if stale and not worker.stale:
-                self._workers[id_] = replace(worker, stale=stale)
-                self.fleet.open(worker.slot, worker.info.role, placeable=False)
+                self._reopen(replace(worker, stale=stale))
         self._look_at = oldest + self._stale_seconds
 
 

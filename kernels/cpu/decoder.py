@@ -79,6 +79,21 @@ class DecoderEnds:
     head: BiasedPanels
 
 
+class Logits(NamedTuple):
+    """What some rows say of their next token."""
+
+    values: Tensor
+    """[rows, vocabulary] fp32"""
+    highest: NDArray[np.int64]
+    """[rows] the token with the highest one, the first among equals."""
+    finite: NDArray[np.bool_]
+    """[rows] whether all are."""
+
+    def first(self, rows: int) -> Logits:
+        """Of the first rows."""
+        return Logits(self.values[:rows], self.highest[:rows], self.finite[:rows])
+
+
 class Segment(NamedTuple):
     """Some tokens of one sequence, at positions start, start + 1, …"""
 
@@ -121,8 +136,8 @@ class Decoder:
     def __del__(self) -> None:
         self.close()
 
-    def step(self, arena: Tensor, tokens: Sequence[int], segments: Sequence[Segment], wanted: Sequence[int]) -> Tensor:
-        """Writes the tokens' KV into `arena` and returns logits [wanted, vocabulary] in fp32.
+    def step(self, arena: Tensor, tokens: Sequence[int], segments: Sequence[Segment], wanted: Sequence[int]) -> Logits:
+        """Writes the tokens' KV into `arena`.
 
         arena: [blocks, layers, 2, kv_heads, block_size, head_dim] bf16
         segments: of `tokens`, in this order  wanted: rows of `tokens`
@@ -131,7 +146,7 @@ class Decoder:
 
     def products(
         self, arena: Tensor, tokens: Sequence[int], segments: Sequence[Segment], wanted: Sequence[int]
-    ) -> Tensor:
+    ) -> Logits:
         """A step's matrix products alone, for measuring; the result means nothing."""
         return self._called(self._library.diptych_products, arena, tokens, segments, wanted)
 
@@ -142,10 +157,11 @@ class Decoder:
         tokens: Sequence[int],
         segments: Sequence[Segment],
         wanted: Sequence[int],
-    ) -> Tensor:
+    ) -> Logits:
         assert arena.dtype == torch.bfloat16, "the kernels read bf16"
         assert arena.is_contiguous(), "blocks are found by their address"
         logits = torch.empty((len(wanted), self._vocabulary), dtype=torch.float32)
+        highest, finite = np.empty(len(wanted), dtype=np.int64), np.empty(len(wanted), dtype=np.bool_)
         ids, rows = np.array(tokens, dtype=np.int64), np.array(wanted, dtype=np.int64)
         table, tables = _tables(segments)
         function(
@@ -161,11 +177,13 @@ class Decoder:
                     rows.ctypes.data,
                     len(rows),
                     logits.data_ptr(),
+                    highest.ctypes.data,
+                    finite.ctypes.data,
                 )
             ),
         )
         del tables  # until here the segments point to it
-        return logits
+        return Logits(logits, highest, finite)
 
     def _kept_at(self, tensor: Tensor | None) -> int | None:
         """Its address; it lives as long as this object."""
@@ -260,6 +278,8 @@ class _Step(ctypes.Structure):
         ("wanted", _POINTER),
         ("wanted_count", _NUMBER),
         ("logits", _POINTER),
+        ("highest", _POINTER),
+        ("finite", _POINTER),
     ]
 
 

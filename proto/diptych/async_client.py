@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from diptych.calls import (
+    CHANGE_SECONDS,
     CHANNEL_OPTIONS,
     DEFAULT_TARGET,
     Wishes,
@@ -17,9 +18,21 @@ from diptych.calls import (
     generate_request,
     nobody_at,
     raised_by_the_front,
+    role_number,
     tokenize_request,
 )
-from diptych.v1.admin_pb2 import ExplainRequest, ExplainResponse, GetStatusRequest, GetStatusResponse
+from diptych.v1.admin_pb2 import (
+    DrainRequest,
+    DrainResponse,
+    ExplainRequest,
+    ExplainResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    ScaleRequest,
+    ScaleResponse,
+    SetRoleRequest,
+    SetRoleResponse,
+)
 from diptych.v1.admin_pb2_grpc import AdminServiceStub
 from diptych.v1.inference_pb2 import DetokenizeRequest, GenerateRequest, GenerateResponse, ListModelsRequest, Model
 from diptych.v1.inference_pb2_grpc import InferenceServiceStub
@@ -112,6 +125,23 @@ class AsyncClient:
         async with self._call():
             return await self._admin.Explain(ExplainRequest(request_id=request_id), timeout=self._timeout_seconds)
 
+    async def drain(self, worker: str, *, replace: bool = False) -> DrainResponse:
+        """Takes a worker out of service without losing a request; returns when it has ended."""
+        async with self._call():
+            return await self._admin.Drain(DrainRequest(worker=worker, replace=replace), timeout=CHANGE_SECONDS)
+
+    async def set_role(self, worker: str, role: str) -> SetRoleResponse:
+        """What a worker does from now on: "prefill", "decode" or "mixed"."""
+        request = SetRoleRequest(worker=worker, role=role_number(role))
+        async with self._call():
+            return await self._admin.SetRole(request, timeout=CHANGE_SECONDS)
+
+    async def scale(self, role: str, workers: int) -> ScaleResponse:
+        """Starts or drains workers of a pool; returns when it has so many."""
+        request = ScaleRequest(role=role_number(role), workers=workers)
+        async with self._call():
+            return await self._admin.Scale(request, timeout=CHANGE_SECONDS)
+
     async def close(self) -> None:
         """Cancels what is running and hangs up."""
         await self._channel.close()
@@ -181,3 +211,9 @@ class _Admin(Protocol):
     def GetStatus(self, request: GetStatusRequest, *, timeout: float | None) -> Awaitable[GetStatusResponse]: ...
 
     def Explain(self, request: ExplainRequest, *, timeout: float | None) -> Awaitable[ExplainResponse]: ...
+
+    def Drain(self, request: DrainRequest, *, timeout: float | None) -> Awaitable[DrainResponse]: ...
+
+    def SetRole(self, request: SetRoleRequest, *, timeout: float | None) -> Awaitable[SetRoleResponse]: ...
+
+    def Scale(self, request: ScaleRequest, *, timeout: float | None) -> Awaitable[ScaleResponse]: ...

@@ -9,6 +9,7 @@ from google.rpc.status_pb2 import Status
 
 from diptych.errors import DeadlineExceeded, ServingError
 from diptych.rpc import from_status
+from diptych.v1.admin_pb2 import Role
 from diptych.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, Sampling, TokenIds, TokenizeRequest
 
 if TYPE_CHECKING:
@@ -25,6 +26,18 @@ CHANNEL_OPTIONS: Final = (
 )
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 """Where gRPC carries a google.rpc.Status."""
+
+
+CHANGE_SECONDS: Final = 960.0
+"""Operations wait for answers under way and for models to load; longer than the cluster itself waits for them."""
+
+
+def role_number(role: str) -> Role:
+    """Raises ValueError for none of them."""
+    roles = {"prefill": Role.ROLE_PREFILL, "decode": Role.ROLE_DECODE, "mixed": Role.ROLE_MIXED}
+    if role not in roles:
+        raise ValueError(f"role is {role!r}: one of {', '.join(roles)}")
+    return roles[role]
 
 
 class Unreachable(ConnectionError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import grpc
 
 from diptych.calls import (
+    CHANGE_SECONDS,
     CHANNEL_OPTIONS,
     DEFAULT_TARGET,
     MAX_MESSAGE_BYTES,
@@ -18,9 +19,21 @@ from diptych.calls import (
     generate_request,
     nobody_at,
     raised_by_the_front,
+    role_number,
     tokenize_request,
 )
-from diptych.v1.admin_pb2 import ExplainRequest, ExplainResponse, GetStatusRequest, GetStatusResponse
+from diptych.v1.admin_pb2 import (
+    DrainRequest,
+    DrainResponse,
+    ExplainRequest,
+    ExplainResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    ScaleRequest,
+    ScaleResponse,
+    SetRoleRequest,
+    SetRoleResponse,
+)
 from diptych.v1.admin_pb2_grpc import AdminServiceStub
 from diptych.v1.inference_pb2 import DetokenizeRequest, GenerateRequest, GenerateResponse, ListModelsRequest, Model
 from diptych.v1.inference_pb2_grpc import InferenceServiceStub
@@ -109,6 +122,23 @@ class Client:
         with self._call():
             return self._admin.Explain(ExplainRequest(request_id=request_id), timeout=self._timeout_seconds)
 
+    def drain(self, worker: str, *, replace: bool = False) -> DrainResponse:
+        """Takes a worker out of service without losing a request; returns when it has ended."""
+        with self._call():
+            return self._admin.Drain(DrainRequest(worker=worker, replace=replace), timeout=CHANGE_SECONDS)
+
+    def set_role(self, worker: str, role: str) -> SetRoleResponse:
+        """What a worker does from now on: "prefill", "decode" or "mixed"."""
+        request = SetRoleRequest(worker=worker, role=role_number(role))
+        with self._call():
+            return self._admin.SetRole(request, timeout=CHANGE_SECONDS)
+
+    def scale(self, role: str, workers: int) -> ScaleResponse:
+        """Starts or drains workers of a pool; returns when it has so many."""
+        request = ScaleRequest(role=role_number(role), workers=workers)
+        with self._call():
+            return self._admin.Scale(request, timeout=CHANGE_SECONDS)
+
     def close(self) -> None:
         """Cancels what is running and hangs up."""
         self._channel.close()
@@ -182,3 +212,9 @@ class _Admin(Protocol):
     def GetStatus(self, request: GetStatusRequest, *, timeout: float | None) -> GetStatusResponse: ...
 
     def Explain(self, request: ExplainRequest, *, timeout: float | None) -> ExplainResponse: ...
+
+    def Drain(self, request: DrainRequest, *, timeout: float | None) -> DrainResponse: ...
+
+    def SetRole(self, request: SetRoleRequest, *, timeout: float | None) -> SetRoleResponse: ...
+
+    def Scale(self, request: ScaleRequest, *, timeout: float | None) -> ScaleResponse: ...

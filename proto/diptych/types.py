@@ -593,6 +593,48 @@ class WorkerSpec:
     weights: WeightFormat = "auto"
 
 
+# ---- what is done to a running cluster --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainWorker:
+    """Out of service, its answers handed over; then its end."""
+
+    worker: WorkerId
+    replace: bool = False
+    """A successor takes its place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetWorkerRole:
+    """What it does from now on; what it has begun it ends."""
+
+    worker: WorkerId
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePool:
+    """To so many workers."""
+
+    role: Role
+    workers: int
+
+
+Operation: TypeAlias = DrainWorker | SetWorkerRole | ScalePool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed:
+    """What an operation did."""
+
+    seconds: float
+    moved: int = 0
+    """Answers that went on elsewhere."""
+    started: tuple[WorkerId, ...] = ()
+    ended: tuple[WorkerId, ...] = ()
+
+
 # ---- the model, as every process knows it --------------------------------------------------------
 
 

@@ -148,9 +148,9 @@ class Engine:
             self._advance(work)
         first = len(ready)
         for sequence, start, count in scored:
-            score_prompt(sequence, start, logits[first : first + count])
+            score_prompt(sequence, start, logits.values[first : first + count])
             first += count
-        chosen = self._sampler.choose(ready, logits[: len(ready)])
+        chosen = self._sampler.choose(ready, logits.first(len(ready)))
         for sequence, error in chosen.failed:
             if isinstance(error, Internal):
                 self._scrub(sequence)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kernels
 from workers.engine.architectures import Activation
-from workers.engine.batch import Batch, BatchTensors, batch_tensors
+from workers.engine.batch import Batch, BatchTensors, batch_tensors, looked_at
 from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
 from workers.engine.weights import Weights, stacked
@@ -81,9 +81,9 @@ class Model:
         self._gate = _GATES[config.activation]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, arena: Tensor) -> Tensor:
-        """Writes the batch's KV into `arena` and returns logits [wanted, vocabulary] in fp32."""
-        return self._forward(batch_tensors(batch, arena.shape[4], arena.device), arena)
+    def forward(self, batch: Batch, arena: Tensor) -> kernels.Logits:
+        """Writes the batch's KV into `arena` and returns the wanted rows' logits."""
+        return looked_at(self._forward(batch_tensors(batch, arena.shape[4], arena.device), arena))
 
     def _forward(self, batch: BatchTensors, arena: Tensor) -> Tensor:
         epsilon = self.config.norm_epsilon

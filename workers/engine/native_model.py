@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import Logits
 from kernels.cpu.decoder import BiasedPanels, Decoder, DecoderEnds, DecoderLayer, DecoderShape
 from workers.engine.batch import Batch
 from workers.engine.layout import STACKED
@@ -45,8 +46,8 @@ class NativeModel:
         )
         self._decoder = Decoder(library, _shape(config), layers, ends, threads)
 
-    def forward(self, batch: Batch, arena: Tensor) -> Tensor:
-        """Writes the batch's KV into `arena` and returns logits [wanted, vocabulary] in fp32."""
+    def forward(self, batch: Batch, arena: Tensor) -> Logits:
+        """Writes the batch's KV into `arena` and returns the wanted rows' logits."""
         return self._decoder.step(arena, batch.tokens, batch.segments, batch.wanted)
 
     def products(self, batch: Batch, arena: Tensor) -> None:

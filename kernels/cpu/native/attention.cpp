@@ -44,39 +44,108 @@ void transpose(__m512i (&row)[16]) {
     }
 }
 
-// Keys [from, to) as panels whose columns are keys, values as panels whose inputs are keys; up to
-// a whole number of 32, with zeros: beyond the end a block may hold anything.
-int64_t rearrange(const Look& look, const Cache& cache, const Segment& segment, int64_t kv_head, int64_t from,
-                  int64_t to, Desk& desk) {
-    const int64_t dim = look.head_dim, value_step = look.kv_heads * cache.block_size * dim;
-    const int64_t count = (to - from + 31) / 32 * 32;
-    for (int64_t key = 0; key < count; key += 16) {
-        const int64_t here = std::clamp<int64_t>(to - from - key, 0, 16);
-        const bf16* keys = here ? key_at(look, cache, segment, from + key, kv_head) : nullptr;
-        const bf16* values = keys + value_step;
-        bf16* panel = desk.keys.data() + key / 32 * 32 * dim + key % 32 * 2;
-        for (int64_t at = 0; at < dim; at += 32) {
-            __m512i row[16];
-            for (int i = 0; i < 16; ++i)
-                row[i] = i < here ? _mm512_loadu_si512(keys + i * dim + at) : _mm512_setzero_si512();
-            transpose(row);
-            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 2 + i) * 64, row[i]);
-        }
-        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                             6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        for (int i = 0; i < 16; i += 2) {
-            for (int64_t at = 0; at < dim; at += 32) {
-                const __m512i even = i < here ? _mm512_loadu_si512(values + i * dim + at) : _mm512_setzero_si512();
-                const __m512i odd =
-                    i + 1 < here ? _mm512_loadu_si512(values + (i + 1) * dim + at) : _mm512_setzero_si512();
-                bf16* pair = desk.values.data() + at / 32 * 32 * kSplit + (key + i) / 2 * 64;
-                _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
-                _mm512_storeu_si512(pair + 32, _mm512_permutex2var_epi16(even, high, odd));
-            }
+struct Sixteen {
+    const bf16 *keys, *values;  // [16, dim]
+};
+
+// Positions [from, from + 16), zeros from `to` on: beyond the end a block may hold anything.
+Sixteen sixteen(const Look& look, const Cache& cache, const Segment& segment, int64_t kv_head, int64_t from, int64_t to,
+                bf16* spare) {
+    const int64_t dim = look.head_dim, here = std::clamp<int64_t>(to - from, 0, 16);
+    const bf16* keys = here ? key_at(look, cache, segment, from, kv_head) : nullptr;
+    const bf16* values = keys + look.kv_heads * cache.block_size * dim;
+    if (here == 16) return {keys, values};
+    std::memset(spare, 0, 2 * 16 * dim * sizeof(bf16));
+    std::memcpy(spare, keys, here * dim * sizeof(bf16));
+    std::memcpy(spare + 16 * dim, values, here * dim * sizeof(bf16));
+    return {spare, spare + 16 * dim};
+}
+
+// 32 keys as a panel whose columns are keys: [dim / 2, 32, 2].
+void rearrange_keys(const bf16* keys, int64_t dim, int64_t half, bf16* panel) {
+    for (int64_t at = 0; at < dim; at += 32) {
+        __m512i row[16];
+        for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(keys + i * dim + at);
+        transpose(row);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 2 + i) * 64 + half * 32, row[i]);
+    }
+}
+
+// 32 values as panels whose inputs are keys: [dim / 32, 16, 32, 2].
+void rearrange_values(const bf16* values, int64_t dim, int64_t half, bf16* panel) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t at = 0; at < dim; at += 32) {
+        for (int64_t i = 0; i < 16; i += 2) {
+            const __m512i even = _mm512_loadu_si512(values + i * dim + at);
+            const __m512i odd = _mm512_loadu_si512(values + (i + 1) * dim + at);
+            bf16* pair = panel + at * 32 + (half * 8 + i / 2) * 64;
+            _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(pair + 32, _mm512_permutex2var_epi16(even, high, odd));
         }
     }
-    return count;
+}
+
+// The keys and values of one split, 32 at a time. Many tiles of queries share what is rearranged once;
+// for a single tile it is done on the way, in a place that stays in the first cache.
+class Split {
+  public:
+    Split(const Look& look, const Cache& cache, const Segment& segment, int64_t kv_head, int64_t from, int64_t to,
+          bool shared, Desk& desk)
+        : look_(look), cache_(cache), segment_(segment), kv_head_(kv_head), from_(from), to_(to), shared_(shared),
+          desk_(desk) {
+        for (int64_t key = 0; shared && key < count(); key += 32) {
+            arrange_keys(key, desk.keys.data() + key * look.head_dim);
+            arrange_values(key, desk.values.data() + key * look.head_dim);
+        }
+    }
+
+    bool shared() const { return shared_; }
+    int64_t from() const { return from_; }
+    int64_t count() const { return (to_ - from_ + 31) / 32 * 32; }
+
+    const bf16* keys(int64_t key) const {
+        if (shared_) return desk_.keys.data() + key * look_.head_dim;
+        arrange_keys(key, desk_.keys.data());
+        return desk_.keys.data();
+    }
+
+    const bf16* values(int64_t key) const {
+        if (shared_) return desk_.values.data() + key * look_.head_dim;
+        arrange_values(key, desk_.values.data());
+        return desk_.values.data();
+    }
+
+  private:
+    Sixteen at(int64_t key) const {
+        return sixteen(look_, cache_, segment_, kv_head_, from_ + key, to_, desk_.spare.data());
+    }
+    void arrange_keys(int64_t key, bf16* to) const {
+        for (int64_t half = 0; half < 2; ++half) rearrange_keys(at(key + half * 16).keys, look_.head_dim, half, to);
+    }
+    void arrange_values(int64_t key, bf16* to) const {
+        for (int64_t half = 0; half < 2; ++half) rearrange_values(at(key + half * 16).values, look_.head_dim, half, to);
+    }
+
+    const Look& look_;
+    const Cache& cache_;
+    const Segment& segment_;
+    const int64_t kv_head_, from_, to_;
+    const bool shared_;
+    Desk& desk_;
+};
+
+// All heads' keys and values of a block are one piece of memory: read in one go, they come three times
+// as fast as head by head. The second cache keeps a split of them.
+void read_ahead(const Look& look, const Cache& cache, const Segment& segment, int64_t from, int64_t to) {
+    const int64_t size = 2 * look.kv_heads * cache.block_size * look.head_dim;
+    __m512i read = _mm512_setzero_si512();
+    for (int64_t key = from; key < to; key += cache.block_size) {
+        const bf16* block = cache.layer + segment.blocks[key / cache.block_size] * cache.block_stride;
+        for (int64_t i = 0; i < size; i += 32) read = _mm512_or_si512(read, _mm512_loadu_si512(block + i));
+    }
+    asm volatile("" ::"v"(read));  // the loads are the purpose
 }
 
 struct Part {
@@ -117,41 +186,51 @@ void merge(float* output, const Sums& sums, int row, int64_t at, float keep, flo
     }
 }
 
-// What rows [row, row + rows) find in one split.
-void visit(const bf16* query, const Piece& piece, const Look& look, int64_t row, int rows, int64_t split,
+// What rows [row, row + rows) of a KV head find in the first `count` keys of a split. The head's rows
+// begin at `base`.
+void visit(const Piece& piece, const Look& look, int64_t base, int64_t row, int rows, const Split& split,
            int64_t count, Desk& desk) {
+    const bf16* query = desk.rows.data() + (base + row) * piece.dim;
     Sums sums;
-    for (int64_t panel = 0; panel < count / 32; ++panel) {
-        multiply(query + row * piece.dim, piece.dim, rows, desk.keys.data() + panel * 32 * piece.dim, piece.dim, sums);
+    for (int64_t key = 0; key < count; key += 32) {
+        multiply(query, piece.dim, rows, split.keys(key), piece.dim, sums);
         for (int i = 0; i < rows; ++i) {
-            _mm512_storeu_ps(desk.scores.data() + i * kSplit + panel * 32, sums.of[i][0]);
-            _mm512_storeu_ps(desk.scores.data() + i * kSplit + panel * 32 + 16, sums.of[i][1]);
+            _mm512_storeu_ps(desk.scores.data() + i * kSplit + key, sums.of[i][0]);
+            _mm512_storeu_ps(desk.scores.data() + i * kSplit + key + 16, sums.of[i][1]);
         }
     }
     float keep[kMostRows], add[kMostRows];
     for (int i = 0; i < rows; ++i) {
-        const int64_t position = piece.position + (row + i) / piece.group;
-        const int64_t from = look.window ? std::max<int64_t>(0, position + 1 - look.window - split) : 0;
-        const Part part = share(desk.scores.data() + i * kSplit, desk.shares.data() + i * kSplit, count, from,
-                                position + 1 - split, look);
-        float& maximum = desk.maximum[row + i];
+        const int64_t end = piece.position + (row + i) / piece.group + 1 - split.from();
+        const int64_t from = look.window ? std::max<int64_t>(0, end - look.window) : 0;
+        const Part part = share(desk.scores.data() + i * kSplit, desk.shares.data() + i * kSplit, count, from, end, look);
+        float& maximum = desk.maximum[base + row + i];
         const float highest = std::max(maximum, part.maximum);
         keep[i] = exponential(maximum - highest);
         add[i] = exponential(part.maximum - highest);
-        desk.total[row + i] = desk.total[row + i] * keep[i] + part.total * add[i];
+        float& total = desk.total[base + row + i];
+        total = total * keep[i] + part.total * add[i];
         maximum = highest;
     }
-    for (int64_t at = 0; at < piece.dim; at += 32) {
-        multiply(desk.shares.data(), kSplit, rows, desk.values.data() + at * kSplit, count, sums);
-        for (int i = 0; i < rows; ++i) merge(desk.output.data() + (row + i) * piece.dim, sums, i, at, keep[i], add[i]);
+    const int64_t at_once = split.shared() ? count : 32;
+    for (int64_t key = 0; key < count; key += at_once) {
+        const bf16 *values = split.values(key), *shares = desk.shares.data() + key;
+        for (int64_t at = 0; at < piece.dim; at += 32)
+            multiply_on(shares, kSplit, rows, values + at * 32, 32 * piece.dim, at_once, desk.found[at / 32], key > 0);
     }
+    for (int64_t at = 0; at < piece.dim; at += 32)
+        for (int i = 0; i < rows; ++i)
+            merge(desk.output.data() + (base + row + i) * piece.dim, desk.found[at / 32], i, at, keep[i], add[i]);
 }
 
 void make_room(Desk& desk, int64_t rows, int64_t dim) {
+    desk.rows.resize(rows * dim);
+    desk.spare.resize(2 * 16 * dim);
     desk.keys.resize(kSplit * dim);
     desk.values.resize(kSplit * dim);
     desk.shares.resize(kMostRows * kSplit);
     desk.scores.resize(kMostRows * kSplit);
+    desk.found.resize(dim / 32);
     desk.output.assign(rows * dim, 0.0f);
     desk.total.assign(rows, 0.0f);
     desk.maximum.assign(rows, -FLT_MAX);
@@ -160,35 +239,45 @@ void make_room(Desk& desk, int64_t rows, int64_t dim) {
 }  // namespace
 
 void attend(const bf16* query, bf16* output, const Look& look, const Cache& cache, const Segment& segment,
-            int64_t first, int64_t last, int64_t kv_head, Desk& desk) {
+            const Span& tokens, const Span& kv_heads, Desk& desk) {
     const int64_t group = look.heads / look.kv_heads, dim = look.head_dim;
-    const Piece piece{last - first, group, dim, segment.start + first};
-    make_room(desk, piece.rows(), dim);
-    // Rows of one KV head lie together: (token, head in group).
-    static thread_local std::vector<bf16> rows;
-    rows.resize(piece.rows() * dim);
-    const int64_t step = look.heads * dim, from = (segment.first_row + first) * step + kv_head * group * dim;
-    for (int64_t token = 0; token < piece.tokens; ++token)
-        std::memcpy(rows.data() + token * group * dim, query + from + token * step, group * dim * 2);
+    const Piece piece{tokens.last - tokens.first, group, dim, segment.start + tokens.first};
+    const int64_t rows = piece.rows();
+    make_room(desk, rows * (kv_heads.last - kv_heads.first), dim);
+    // Rows of one KV head lie together: (KV head, token, head in group).
+    const int64_t step = look.heads * dim;
+    const int64_t from = (segment.first_row + tokens.first) * step + kv_heads.first * group * dim;
+    const auto each = [&](auto work) {
+        for (int64_t head = 0; head < kv_heads.last - kv_heads.first; ++head)
+            for (int64_t token = 0; token < piece.tokens; ++token)
+                work(from + token * step + head * group * dim, head * rows + token * group);
+    };
+    each([&](int64_t at, int64_t row) {
+        std::memcpy(desk.rows.data() + row * dim, query + at, group * dim * sizeof(bf16));
+    });
     const int64_t end = piece.position + piece.tokens;
     const int64_t first_key = look.window ? std::max<int64_t>(0, piece.position + 1 - look.window) : 0;
-    for (int64_t split = first_key / kSplit * kSplit; split < end; split += kSplit) {
-        const int64_t count = rearrange(look, cache, segment, kv_head, split, std::min(end, split + kSplit), desk);
-        // Rows before this split's first key see nothing of it.
-        int64_t row = std::max<int64_t>(0, split - piece.position) * group;
-        for (; row < piece.rows(); row += kMostRows) {
-            const int here = int(std::min<int64_t>(kMostRows, piece.rows() - row));
-            const int64_t needed = piece.position + (row + here - 1) / group + 1 - split;
-            visit(rows.data(), piece, look, row, here, split, std::min(count, (needed + 31) / 32 * 32), desk);
+    for (int64_t at = first_key / kSplit * kSplit; at < end; at += kSplit) {
+        const int64_t to = std::min(end, at + kSplit);
+        if (kv_heads.last - kv_heads.first == look.kv_heads) read_ahead(look, cache, segment, at, to);
+        for (int64_t head = kv_heads.first; head < kv_heads.last; ++head) {
+            const Split split(look, cache, segment, head, at, to, rows > kMostRows, desk);
+            const int64_t base = (head - kv_heads.first) * rows;
+            // Rows before this split's first key see nothing of it.
+            for (int64_t row = std::max<int64_t>(0, at - piece.position) * group; row < rows; row += kMostRows) {
+                const int here = int(std::min<int64_t>(kMostRows, rows - row));
+                const int64_t needed = piece.position + (row + here - 1) / group + 1 - at;
+                const int64_t count = std::min(split.count(), (needed + 31) / 32 * 32);
+                visit(piece, look, base, row, here, split, count, desk);
+            }
         }
     }
-    for (int64_t token = 0; token < piece.tokens; ++token) {
+    each([&](int64_t at, int64_t row) {
         for (int64_t i = 0; i < group * dim; i += 16) {
-            const int64_t row = token * group + i / dim;
-            const __m512 sum = _mm512_loadu_ps(desk.output.data() + token * group * dim + i);
-            store_bf16(output + from + token * step + i, _mm512_div_ps(sum, _mm512_set1_ps(desk.total[row])));
+            const __m512 sum = _mm512_loadu_ps(desk.output.data() + row * dim + i);
+            store_bf16(output + at + i, _mm512_div_ps(sum, _mm512_set1_ps(desk.total[row + i / dim])));
         }
-    }
+    });
 }
 
 }  // namespace diptych

@@ -36,13 +36,17 @@ struct Segment {
 
 // Scratch of one member of a team.
 struct Desk {
-    std::vector<bf16> keys, values, shares, panel;
-    std::vector<float> scores, output;
-    std::vector<float> total, maximum;
+    std::vector<bf16> rows, spare, keys, values, shares, panel;
+    std::vector<float> scores, output, total, maximum;
+    std::vector<Sums> found;
 };
 
-// Tokens [first, last) of the segment, the heads of one KV head. query, output: [rows, heads, head_dim].
+struct Span {
+    int64_t first, last;
+};
+
+// What some tokens of the segment find, the heads of some KV heads. query, output: [rows, heads, head_dim].
 void attend(const bf16* query, bf16* output, const Look& look, const Cache& cache, const Segment& segment,
-            int64_t first, int64_t last, int64_t kv_head, Desk& desk);
+            const Span& tokens, const Span& kv_heads, Desk& desk);
 
 }  // namespace diptych

@@ -43,7 +43,9 @@ struct DiptychStep {
     int64_t segment_count;
     const int64_t* wanted;  // rows whose logits are wanted
     int64_t wanted_count;
-    float* logits;  // [wanted, vocabulary]
+    float* logits;     // [wanted, vocabulary]
+    int64_t* highest;  // [wanted] the token with the highest logit, the first among equals
+    uint8_t* finite;   // [wanted] whether all of the row's are
 };
 }
 
@@ -53,7 +55,8 @@ constexpr int64_t kBlockRows = 252;  // of a large product: their inputs stay in
 
 struct Task {
     const Segment* segment;
-    int64_t first, last, kv_head;
+    Span tokens, kv_heads;
+    int64_t work() const { return (segment->start + tokens.last) * (tokens.last - tokens.first) * (kv_heads.last - kv_heads.first); }
 };
 
 class Decoder {
@@ -102,14 +105,15 @@ class Decoder {
         for (int64_t i = 0; i < step.segment_count; ++i) {
             const Segment& segment = step.segments[i];
             for (int64_t token = 0; token < segment.count; ++token) home_[segment.first_row + token] = &segment;
+            // A single token's heads stay together, unless members would be left without a task.
+            const int64_t heads = segment.count == 1 && (team_.size() == 1 || step.rows >= 2 * team_.size()) ? s.kv_heads : 1;
             for (int64_t first = 0; first < segment.count; first += kTokens)
-                for (int64_t head = 0; head < s.kv_heads; ++head)
-                    tasks_.push_back({&segment, first, std::min(segment.count, first + kTokens), head});
+                for (int64_t head = 0; head < s.kv_heads; head += heads)
+                    tasks_.push_back({&segment, {first, std::min(segment.count, first + kTokens)}, {head, head + heads}});
         }
         // The longest first: who is left over at the end has little to do.
         std::sort(tasks_.begin(), tasks_.end(), [](const Task& one, const Task& other) {
-            return (one.segment->start + one.last) * (one.last - one.first) >
-                   (other.segment->start + other.last) * (other.last - other.first);
+            return one.work() > other.work();
         });
     }
 
@@ -128,7 +132,7 @@ class Decoder {
             const Look look{s.heads, s.kv_heads, s.head_dim, s.attention_scale, s.attention_soft_cap, layer.window};
             team_.each(int64_t(tasks_.size()), [&](int64_t at) {
                 const Task& task = tasks_[at];
-                attend(query_.data(), found_.data(), look, cache, *task.segment, task.first, task.last, task.kv_head, desk);
+                attend(query_.data(), found_.data(), look, cache, *task.segment, task.tokens, task.kv_heads, desk);
             });
             add(layer.output, found_.data(), layer.attention_end_norm, step.rows, desk);
             norm(layer.mlp_norm, step.rows);
@@ -142,8 +146,29 @@ class Decoder {
             });
         });
         multiply_into(ends_.head, normed_.data(), step.wanted_count, step.logits, desk);
-        if (s.logit_soft_cap > 0)
-            team_.each(step.wanted_count, [&](int64_t row) { squeeze(step.logits + row * s.vocabulary); });
+        team_.each(step.wanted_count, [&](int64_t row) {
+            float* logits = step.logits + row * s.vocabulary;
+            if (s.logit_soft_cap > 0) squeeze(logits);
+            step.highest[row] = look_at(logits, step.finite[row]);
+        });
+    }
+
+    int64_t look_at(const float* logits, uint8_t& finite) const {
+        __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        __m512i at = _mm512_setzero_si512();
+        for (int64_t i = 0; i < shape_.vocabulary; i += 16) {
+            const __mmask16 here = first_lanes(shape_.vocabulary - i);
+            const __m512 part = _mm512_mask_loadu_ps(highest, here, logits + i);
+            const __mmask16 higher = _mm512_cmp_ps_mask(part, highest, _CMP_GT_OQ);
+            highest = _mm512_mask_mov_ps(highest, higher, part);
+            at = _mm512_mask_mov_epi32(at, higher, _mm512_set1_epi32(int(i)));
+            // Zero times a number is zero; times an infinity or a NaN, a NaN that stays in the sum.
+            sum = _mm512_mask3_fmadd_ps(part, _mm512_setzero_ps(), sum, here);
+        }
+        finite = _mm512_reduce_add_ps(sum) == 0.0f;
+        const __mmask16 equal = _mm512_cmp_ps_mask(highest, _mm512_set1_ps(_mm512_reduce_max_ps(highest)), _CMP_EQ_OQ);
+        const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        return equal ? _mm512_mask_reduce_min_epi32(equal, _mm512_add_epi32(at, lanes)) : 0;
     }
 
     static int64_t pieces(int64_t rows) { return (rows + 3) / 4; }

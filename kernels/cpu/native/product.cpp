@@ -28,9 +28,13 @@ inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2p
 // Readers: `group` at every 32nd input, then `pair` for each two of them.
 
 struct Bf16Reader {
-    const bf16* at;
-    Bf16Reader(const uint8_t* panel) : at((const bf16*)panel) {}
-    void group() {}
+    const bf16 *at = nullptr, *next;
+    int64_t step;  // from group to group
+    Bf16Reader(const uint8_t* panel, int64_t step = kGroup * kColumns) : next((const bf16*)panel), step(step) {}
+    void group() {
+        at = next;
+        next += step;
+    }
     Pair pair() {
         Pair pair{_mm512_loadu_si512(at), _mm512_loadu_si512(at + 32)};
         at += 64;
@@ -88,9 +92,12 @@ struct Q4Reader {
 };
 
 template <int Rows, class Reader>
-void tile(const bf16* x, int64_t stride, Reader reader, int64_t inputs, Sums& sums) {
+void tile(const bf16* x, int64_t stride, Reader reader, int64_t inputs, Sums& sums, bool go_on) {
     __m512 low[Rows], high[Rows];
-    for (int row = 0; row < Rows; ++row) low[row] = high[row] = _mm512_setzero_ps();
+    for (int row = 0; row < Rows; ++row) {
+        low[row] = go_on ? sums.of[row][0] : _mm512_setzero_ps();
+        high[row] = go_on ? sums.of[row][1] : _mm512_setzero_ps();
+    }
     for (int64_t start = 0; start < inputs; start += kGroup) {
         reader.group();
         for (int64_t k = start; k < start + kGroup; k += 2) {
@@ -112,20 +119,21 @@ void tile(const bf16* x, int64_t stride, Reader reader, int64_t inputs, Sums& su
 }
 
 template <class Reader>
-void tile_of(const bf16* x, int64_t stride, int rows, const uint8_t* panel, int64_t inputs, Sums& sums) {
+void tile_of(const bf16* x, int64_t stride, int rows, const Reader& reader, int64_t inputs, Sums& sums,
+             bool go_on = false) {
     switch (rows) {
-        case 1: return tile<1>(x, stride, Reader(panel), inputs, sums);
-        case 2: return tile<2>(x, stride, Reader(panel), inputs, sums);
-        case 3: return tile<3>(x, stride, Reader(panel), inputs, sums);
-        case 4: return tile<4>(x, stride, Reader(panel), inputs, sums);
-        case 5: return tile<5>(x, stride, Reader(panel), inputs, sums);
-        case 6: return tile<6>(x, stride, Reader(panel), inputs, sums);
-        case 7: return tile<7>(x, stride, Reader(panel), inputs, sums);
-        case 8: return tile<8>(x, stride, Reader(panel), inputs, sums);
-        case 9: return tile<9>(x, stride, Reader(panel), inputs, sums);
-        case 10: return tile<10>(x, stride, Reader(panel), inputs, sums);
-        case 11: return tile<11>(x, stride, Reader(panel), inputs, sums);
-        default: return tile<12>(x, stride, Reader(panel), inputs, sums);
+        case 1: return tile<1>(x, stride, reader, inputs, sums, go_on);
+        case 2: return tile<2>(x, stride, reader, inputs, sums, go_on);
+        case 3: return tile<3>(x, stride, reader, inputs, sums, go_on);
+        case 4: return tile<4>(x, stride, reader, inputs, sums, go_on);
+        case 5: return tile<5>(x, stride, reader, inputs, sums, go_on);
+        case 6: return tile<6>(x, stride, reader, inputs, sums, go_on);
+        case 7: return tile<7>(x, stride, reader, inputs, sums, go_on);
+        case 8: return tile<8>(x, stride, reader, inputs, sums, go_on);
+        case 9: return tile<9>(x, stride, reader, inputs, sums, go_on);
+        case 10: return tile<10>(x, stride, reader, inputs, sums, go_on);
+        case 11: return tile<11>(x, stride, reader, inputs, sums, go_on);
+        default: return tile<12>(x, stride, reader, inputs, sums, go_on);
     }
 }
 
@@ -158,15 +166,20 @@ const bf16* widened(const Product& product, int64_t panel, bf16* to) {
 }
 
 void multiply(const bf16* x, int64_t stride, int rows, const bf16* panel, int64_t inputs, Sums& sums) {
-    tile_of<Bf16Reader>(x, stride, rows, (const uint8_t*)panel, inputs, sums);
+    tile_of(x, stride, rows, Bf16Reader((const uint8_t*)panel), inputs, sums);
+}
+
+void multiply_on(const bf16* x, int64_t stride, int rows, const bf16* panel, int64_t step, int64_t inputs, Sums& sums,
+                 bool go_on) {
+    tile_of(x, stride, rows, Bf16Reader((const uint8_t*)panel, step), inputs, sums, go_on);
 }
 
 void multiply_stored(const bf16* x, int64_t stride, int rows, const Product& product, int64_t panel, Sums& sums) {
     const uint8_t* stored = product.panels + panel * panel_bytes(product.format, product.inputs);
     switch (product.format) {
-        case kBf16: return tile_of<Bf16Reader>(x, stride, rows, stored, product.inputs, sums);
-        case kQ8: return tile_of<Q8Reader>(x, stride, rows, stored, product.inputs, sums);
-        default: return tile_of<Q4Reader>(x, stride, rows, stored, product.inputs, sums);
+        case kBf16: return tile_of(x, stride, rows, Bf16Reader(stored), product.inputs, sums);
+        case kQ8: return tile_of(x, stride, rows, Q8Reader(stored), product.inputs, sums);
+        default: return tile_of(x, stride, rows, Q4Reader(stored), product.inputs, sums);
     }
 }
 

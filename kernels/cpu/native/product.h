@@ -40,6 +40,10 @@ struct Sums {
 };
 void multiply(const bf16* x, int64_t stride, int rows, const bf16* panel, int64_t inputs, Sums& sums);
 
+// The same, of a panel whose groups of 32 inputs lie `step` numbers apart; on from what the sums are, or from 0.
+void multiply_on(const bf16* x, int64_t stride, int rows, const bf16* panel, int64_t step, int64_t inputs, Sums& sums,
+                 bool go_on);
+
 // As `widened` and `multiply`, without writing the panel down.
 void multiply_stored(const bf16* x, int64_t stride, int rows, const Product& product, int64_t panel, Sums& sums);
 

@@ -19,6 +19,54 @@ ROLE_PREFILL: Role
 ROLE_DECODE: Role
 ROLE_MIXED: Role
 
+class DrainRequest(_message.Message):
+    __slots__ = ("worker", "replace")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    replace: bool
+    def __init__(self, worker: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("moved", "seconds")
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    moved: int
+    seconds: float
+    def __init__(self, moved: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("worker", "role")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    role: Role
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
+
+class SetRoleResponse(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("role", "workers")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    workers: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., workers: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("started", "ended", "seconds")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    started: _containers.RepeatedScalarFieldContainer[str]
+    ended: _containers.RepeatedScalarFieldContainer[str]
+    seconds: float
+    def __init__(self, started: _Optional[_Iterable[str]] = ..., ended: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

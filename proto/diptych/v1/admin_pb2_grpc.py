@@ -45,6 +45,21 @@ class AdminServiceStub:
                 request_serializer=diptych_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=diptych_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/diptych.v1.AdminService/Drain',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/diptych.v1.AdminService/SetRole',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/diptych.v1.AdminService/Scale',
+                request_serializer=diptych_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=diptych_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -65,6 +80,28 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes a worker out of service: it gets no new work, its answers go on elsewhere, and it ends when nobody
+        needs its blocks any more. No request fails. INVALID_ARGUMENT when nobody would be left to serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """What a worker does from now on. Its weights and its cache stay, and what it has begun it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Starts workers of a pool, or drains its last ones, until it has so many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +114,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=diptych_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
                     response_serializer=diptych_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.SetRoleRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.SetRoleResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=diptych_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=diptych_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +186,87 @@ class AdminService:
             '/diptych.v1.AdminService/Explain',
             diptych_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
             diptych_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/Drain',
+            diptych_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/SetRole',
+            diptych_dot_v1_dot_admin__pb2.SetRoleRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.SetRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.AdminService/Scale',
+            diptych_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            diptych_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

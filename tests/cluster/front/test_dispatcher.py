@@ -485,6 +485,26 @@ def test_what_prefill_still_has_is_not_computed_again(house: House_) -> None:
     run(test())
 
 
+def test_a_worker_that_drains_hands_its_answers_over(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode", e="decode") as here:
+            prompts = [f"{place} " + "x" * 400 for place in range(4)]
+            clean = [await here.text_of(here.ask(id="clean", prompt=each, max_tokens=300)) for each in prompts]
+            streams = [
+                here.dispatcher.generate(here.ask(id=f"r{i}", prompt=each, max_tokens=300))
+                for i, each in enumerate(prompts)
+            ]
+            heard = [(await anext(stream)).text for stream in streams]
+            rests = [asyncio.ensure_future(_rest(stream)) for stream in streams]
+            placed = [placement.decode for placement in here.dispatcher._placed_on.values()]
+            leaving = placed[0]
+            here.scheduler.it.drain(leaving, 0)
+            assert await here.workers[leaving].drain(20.0) == placed.count(leaving)
+            assert [text + await rest for text, rest in zip(heard, rests, strict=True)] == clean
+
+    run(test())
+
+
 def test_an_answer_waits_for_a_worker_to_come_back(house: House_) -> None:
     async def test() -> None:
         async with house() as here:

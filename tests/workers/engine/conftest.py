@@ -51,6 +51,10 @@ class Paged:
 
     def step(self, decodes: list[tuple[Fed, int]], chunks: list[tuple[Fed, list[int]]]) -> torch.Tensor:
         """One forward pass over single tokens and pieces of prompts: the logits of every row."""
+        return self.said(decodes, chunks).values
+
+    def said(self, decodes: list[tuple[Fed, int]], chunks: list[tuple[Fed, list[int]]]) -> kernels.Logits:
+        """As `step`, and what is known of the logits."""
         decodes = sorted(decodes, key=lambda each: -len(each[0].tokens))
         tokens, segments = list[int](), list[kernels.Segment]()
         for sequence, new in [*((each, [token]) for each, token in decodes), *chunks]:

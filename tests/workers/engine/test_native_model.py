@@ -143,9 +143,26 @@ def test_what_is_not_finite_stays_in_its_own_sequence(
     for sequence, text in zip(fed, texts, strict=True):
         ours.step([], [(sequence, text[:-1])])
     ours.arena[fed[0].blocks[1], 0, 0, 0, 3] = float("nan")  # one key of one head
-    spoiled, whole = ours.step([(fed[0], texts[0][-1]), (fed[1], texts[1][-1])], [])
-    assert spoiled.isnan().all()
-    assert torch.equal(whole, alone[-1])
+    said = ours.said([(fed[0], texts[0][-1]), (fed[1], texts[1][-1])], [])
+    assert said.values[0].isnan().all()
+    assert torch.equal(said.values[1], alone[-1])
+    assert said.finite.tolist() == [False, True]
+
+
+def test_the_highest_logit_is_the_first_of_its_equals(
+    peer: Any, paged: Any, load: Any, native: Any, tmp_path: Path
+) -> None:
+    peer(wide_config("llama, one KV head, tied"))
+    weights = load(tmp_path, dtype="bf16")
+    rows = weights.tensors["model.embed_tokens.weight"]
+    rows[100:300] = rows[:100].repeat(2, 1)
+    ours = paged(weights, model=native(weights))
+    said = ours.said([], [(ours.sequence(), some_tokens(200))])
+    assert torch.equal(said.values[:, 100:200], said.values[:, :100])
+    assert said.highest.tolist() == said.values.argmax(-1).tolist()
+    assert not any(100 <= token < 300 for token in said.highest)
+    assert any(token < 100 for token in said.highest)
+    assert said.finite.all()
 
 
 def test_blocks_may_hold_anything_beyond_the_end(peer: Any, paged: Any, load: Any, native: Any, tmp_path: Path) -> None:

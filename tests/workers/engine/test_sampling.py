@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 
 from diptych.errors import InvalidRequest
 from diptych.types import Request, RequestId, SamplingParams
+from workers.engine.batch import looked_at
 from workers.engine.logit_rules import LogitRules, apply_rules
 from workers.engine.sampling import Sampler
 from workers.engine.sequence import Sequence
@@ -195,7 +196,7 @@ def assert_distributed(chosen: list[int], probabilities: torch.Tensor) -> None:
 def test_draws_of_many_seeds_follow_the_probabilities(sequence: Make, params: dict[str, Any]) -> None:
     draws, logits = 3000, some_logits()
     ready = [sequence((5, 9), (5,), **{**params, "seed": seed}) for seed in range(draws)]
-    chosen = Sampler(torch.device("cpu")).choose(ready, logits.expand(draws, -1)).sampled
+    chosen = Sampler(torch.device("cpu")).choose(ready, looked_at(logits.expand(draws, -1))).sampled
     warpers = [TemperatureLogitsWarper(params["temperature"])]
     warpers += [TopKLogitsWarper(params["top_k"])] if "top_k" in params else []
     warpers += [TopPLogitsWarper(params["top_p"])] if "top_p" in params else []
@@ -214,7 +215,7 @@ def test_draws_of_many_choices_and_positions_follow_the_probabilities(request_fo
     for at, each in enumerate(of_positions):
         each.tokens += [0] * at
     for ready in (of_choices, of_positions):
-        chosen = Sampler(torch.device("cpu")).choose(ready, logits.expand(draws, -1)).sampled
+        chosen = Sampler(torch.device("cpu")).choose(ready, looked_at(logits.expand(draws, -1))).sampled
         assert_distributed([each.token for each in chosen], logits[0].softmax(-1))
 
 

@@ -1,0 +1,197 @@
+"""What operators change in a running cluster: a worker drained, another role, a pool's size. One change at a time.
+
+Decides what may be done and in which order; the processes are its pools' to make, introduce and end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, assert_never
+
+from diptych.errors import InvalidRequest, ServingError
+from diptych.types import Changed, DrainWorker, Operation, Role, ScalePool, SetWorkerRole, WorkerId
+from workers.actors import answer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cluster.config import Config
+    from cluster.pools.members import Site
+    from cluster.pools.parts import WorkerPart
+
+
+class House(Protocol):
+    """What a change needs of the pools."""
+
+    @property
+    def workers(self) -> Mapping[WorkerId, WorkerPart]: ...
+
+    @property
+    def scheduler(self) -> Any: ...  # noqa: ANN401 (handles are untyped)
+
+    async def add(self, part: WorkerPart) -> None:
+        """Start it, introduce it, watch it. Raises what it raised; then nothing of it is left."""
+        ...
+
+    async def retire(self, part: WorkerPart) -> None:
+        """Nobody places on it or knows it any more, and its process has ended."""
+        ...
+
+    async def renew(self, part: WorkerPart) -> None:
+        """As `add`, under its next epoch, of one that is retired."""
+        ...
+
+    def part(self, role: Role, number: int) -> WorkerPart:
+        """One that has not started."""
+        ...
+
+    async def reintroduce(self) -> None:
+        """Everyone learns of everyone as they are now."""
+        ...
+
+
+class Changes:
+    """Of one cluster. Lives on its pools' event loop."""
+
+    def __init__(self, config: Config, site: Site, house: House) -> None:
+        self._config = config
+        self._site = site
+        self._house = house
+        self._one_at_a_time = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hear(self, front: Any) -> None:  # noqa: ANN401
+        """Do what is asked of this front, until it closes or dies."""
+        self._spawn(self._hear(front))
+
+    def close(self) -> None:
+        """What is under way is left as it is."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def perform(self, operation: Operation) -> Changed:
+        """Raises ServingError, and says then what there is."""
+        began = time.monotonic()
+        async with self._one_at_a_time:
+            match operation:
+                case DrainWorker():
+                    changed = await self._drain(operation)
+                case SetWorkerRole():
+                    changed = await self._set_role(operation)
+                case ScalePool():
+                    changed = await self._scale(operation)
+                case _:
+                    assert_never(operation)
+        return replace(changed, seconds=time.monotonic() - began)
+
+    # ---- listening ----------------------------------------------------------------------------------------
+
+    async def _hear(self, front: Any) -> None:  # noqa: ANN401
+        with suppress(ServingError):
+            async for wanted in front.operations.remote():
+                number, operation = await answer(wanted, "a front")
+                self._spawn(self._settle(front, number, operation))
+
+    async def _settle(self, front: Any, number: int, operation: Operation) -> None:  # noqa: ANN401
+        outcome: Changed | ServingError
+        try:
+            outcome = await self.perform(operation)
+        except ServingError as error:
+            outcome = error
+        with suppress(ServingError):  # it died: whoever asked knows
+            await answer(front.settle.remote(number, outcome), "a front")
+
+    def _spawn(self, what: Any) -> None:  # noqa: ANN401 (a coroutine)
+        task = asyncio.ensure_future(what)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- the changes --------------------------------------------------------------------------------------
+
+    async def _drain(self, wanted: DrainWorker) -> Changed:
+        part = self._part(wanted.worker)
+        if not wanted.replace:
+            self._check_served(_roles(self._others(part)), f"without {part.spec.id}")
+        moved = await self._empty(part)
+        await self._house.retire(part)
+        if wanted.replace:
+            await self._house.renew(part)
+        return Changed(seconds=0, moved=moved, ended=(part.spec.id,), started=(part.spec.id,) if wanted.replace else ())
+
+    async def _empty(self, part: WorkerPart) -> int:
+        """Its answers go on elsewhere; how many. One that dies meanwhile has none any more."""
+        part.retiring = True
+        worker, epoch = part.spec.id, part.spec.epoch
+        await answer(self._house.scheduler.drain.remote(worker, epoch), "the scheduler")
+        with suppress(ServingError):
+            return int(await answer(part.handle.drain.remote(self._config.cluster.drain_seconds), worker))
+        return 0
+
+    async def _set_role(self, wanted: SetWorkerRole) -> Changed:
+        part = self._part(wanted.worker)
+        assert part.info is not None, "it is up"
+        self._check_served(
+            {**_roles(self._others(part)), part.spec.id: wanted.role}, f"with {part.spec.id} as {wanted.role} worker"
+        )
+        part.spec, part.info = replace(part.spec, role=wanted.role), replace(part.info, role=wanted.role)
+        call = self._house.scheduler.set_role.remote(part.spec.id, part.spec.epoch, wanted.role)
+        await answer(call, "the scheduler")
+        await self._house.reintroduce()
+        return Changed(seconds=0)
+
+    async def _scale(self, wanted: ScalePool) -> Changed:
+        pool = [part for part in self._house.workers.values() if part.spec.role == wanted.role and not part.lost]
+        leaving = sorted(pool, key=lambda part: _number(part.spec.id))[wanted.workers :]
+        kept = {who: part for who, part in self._house.workers.items() if part not in leaving and not part.lost}
+        if leaving:
+            self._check_served(_roles(kept), f"with {wanted.workers} {wanted.role} workers")
+        for part in reversed(leaving):
+            await self._empty(part)
+            await self._house.retire(part)
+        new = [self._house.part(wanted.role, number) for number in self._free_numbers(wanted, len(pool))]
+        await asyncio.gather(*map(self._house.add, new))
+        return Changed(
+            seconds=0, started=tuple(part.spec.id for part in new), ended=tuple(part.spec.id for part in leaving)
+        )
+
+    def _free_numbers(self, wanted: ScalePool, have: int) -> list[int]:
+        numbers = (number for number in range(len(self._house.workers) + wanted.workers))
+        taken = {part.spec.id for part in self._house.workers.values()}
+        free = (number for number in numbers if f"{wanted.role}-{number}" not in taken)
+        return [number for number, _ in zip(free, range(wanted.workers - have), strict=False)]
+
+    # ---- what may be done ---------------------------------------------------------------------------------
+
+    def _part(self, worker: WorkerId) -> WorkerPart:
+        part = self._house.workers.get(worker)
+        if part is None:
+            known = ", ".join(self._house.workers)
+            raise InvalidRequest(f"no worker {worker!r} here, but {known}", param="worker")
+        if part.info is None or part.retiring:
+            raise InvalidRequest(f"{worker} is not up: it is starting, draining or lost", param="worker")
+        return part
+
+    def _others(self, part: WorkerPart) -> dict[WorkerId, WorkerPart]:
+        workers = self._house.workers.items()
+        return {who: each for who, each in workers if each is not part and each.info and not each.retiring}
+
+    def _check_served(self, roles: Mapping[WorkerId, Role], when: str) -> None:
+        """Raises InvalidRequest when requests could not be served by workers of these roles."""
+        decoders = [who for who, role in roles.items() if role != "prefill"]
+        both = {"prefill", "decode"} <= set(roles.values())
+        missing = "nobody would decode" if not decoders else ""
+        if self._config.placement.how == "remote" and not both:
+            missing = "placement.how = 'remote' would lack a prefill or a decode worker"
+        if missing:
+            raise InvalidRequest(f"{when} {missing}: start another worker first (diptych scale)", param="worker")
+
+
+def _roles(parts: Mapping[WorkerId, WorkerPart]) -> dict[WorkerId, Role]:
+    return {who: part.spec.role for who, part in parts.items()}
+
+
+def _number(worker: WorkerId) -> int:
+    return int(worker.rpartition("-")[2])

@@ -1,0 +1,144 @@
+"""A cluster operated while it serves: restarted one by one, scaled, given other roles. Its clients don't notice."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from diptych.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from diptych.v1.admin_pb2 import GetStatusResponse
+    from tests.e2e.conftest import Cluster, Start
+
+pytestmark = pytest.mark.e2e
+
+CLIENTS = 4
+WAIT_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def four(cluster: Start) -> Iterator[Cluster]:
+    """Two workers in each pool, fp32."""
+    keys = ("model.dtype=fp32", "engine.threads=1", "engine.max_running=16", "kv.memory=32MiB")
+    settings = [part for key in keys for part in ("--set", key)]
+    with cluster("--model", "random:tiny", "--prefill", "2", "--decode", "2", *settings) as running:
+        yield running
+
+
+def asks() -> list[dict[str, Any]]:
+    dice = random.Random(5)
+    return [
+        {"tokens": dice.choices(range(3, 256), k=dice.choice((20, 200, 900))), "max_tokens": 150, "temperature": 0}
+        for _ in range(12)
+    ]
+
+
+class Load:
+    """Clients that ask again and again and compare each answer with what it was before."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._asks = asks()
+        self._expected = [cluster.answer(**ask).tokens for ask in self._asks]
+        self._over = Event()
+        self.answered = 0
+        self.longest_pause_seconds = 0.0
+
+    def run(self, number: int) -> int:
+        dice, count = random.Random(number), 0
+        while not self._over.is_set():
+            which = dice.randrange(len(self._asks))
+            heard: list[int] = []
+            last = time.monotonic()
+            for response in self._cluster.client.generate(**{"ignore_eos": True, **self._asks[which]}):
+                now = time.monotonic()
+                if heard:
+                    self.longest_pause_seconds = max(self.longest_pause_seconds, now - last)
+                last = now
+                heard += response.chunk.token_ids
+            assert tuple(heard) == self._expected[which], f"answer {count} of client {number} is another one"
+            count += 1
+        return count
+
+    def during(self, work: Callable[[], None]) -> int:
+        """How many were answered, each exactly, while `work` was done."""
+        with ThreadPoolExecutor(CLIENTS) as threads:
+            running = [threads.submit(self.run, number) for number in range(CLIENTS)]
+            try:
+                work()
+            finally:
+                self._over.set()
+            return sum(each.result(WAIT_SECONDS) for each in running)
+
+
+def ids(status: GetStatusResponse) -> list[str]:
+    return sorted(worker.info.id for worker in status.workers)
+
+
+def test_every_worker_is_restarted_under_load_and_no_answer_changes(four: Cluster) -> None:
+    before = {worker.info.id: worker.info.epoch for worker in four.client.status().workers}
+    load, moved = Load(four), 0
+
+    def restart_all() -> None:
+        nonlocal moved
+        for worker in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
+            moved += four.client.drain(worker, replace=True).moved
+
+    answered = load.during(restart_all)
+    after = {worker.info.id: worker.info.epoch for worker in four.client.status().workers}
+    print(f"\n{answered} answers, {moved} of them moved, longest pause {load.longest_pause_seconds:.2f} s")
+    assert after == {worker: epoch + 1 for worker, epoch in before.items()}
+    assert answered >= CLIENTS
+    assert moved > 0
+    four.at_rest()
+
+
+def test_pools_grow_and_shrink_and_roles_change_under_load(four: Cluster) -> None:
+    load = Load(four)
+
+    def operate() -> None:
+        assert list(four.client.scale("decode", 3).started) == ["decode-2"]
+        four.client.set_role("decode-2", "prefill")
+        assert list(four.client.scale("prefill", 4).started) == ["prefill-2"]
+        four.client.set_role("decode-2", "decode")
+        assert list(four.client.scale("prefill", 2).ended) == ["prefill-2"]
+        assert list(four.client.scale("decode", 2).ended) == ["decode-2"]
+
+    assert load.during(operate) >= CLIENTS
+    assert ids(four.client.status()) == ["decode-0", "decode-1", "prefill-0", "prefill-1"]
+    four.at_rest()
+
+
+def test_the_last_that_decodes_can_not_go_and_a_stranger_is_not_known(four: Cluster) -> None:
+    client = four.client
+    with pytest.raises(InvalidRequest, match="nobody would decode: start another worker first"):
+        client.scale("decode", 0)
+    with pytest.raises(InvalidRequest, match="no worker 'decode-9' here, but"):
+        client.drain("decode-9")
+    with pytest.raises(InvalidRequest, match="no worker 'nobody' here"):
+        client.set_role("nobody", "mixed")
+    assert ids(client.status()) == ["decode-0", "decode-1", "prefill-0", "prefill-1"]
+
+
+def test_the_commands_say_what_they_did(four: Cluster) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "cluster", *arguments, "--grpc", four.grpc]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+        return f"{done.returncode} {done.stdout}{done.stderr}"
+
+    assert run("role", "prefill-1", "mixed").startswith("0 prefill-1 is a mixed worker now")
+    assert run("role", "prefill-1", "prefill").startswith("0 prefill-1 is a prefill worker now")
+    assert run("scale", "decode", "2").startswith("0 decode has 2: nothing to do")
+    assert run("drain", "decode-1").startswith("0 decode-1 has ended: ")
+    assert run("drain", "decode-0").startswith("1 diptych: without decode-0 nobody would decode")
+    assert run("scale", "decode", "2").startswith("0 decode has 2: started decode-1")
