@@ -255,7 +255,8 @@ class Life(RuleBasedStateMachine):
         """With their deadlines."""
         self.count = 0
         self.free: set[str] = set()
-        """Workers that said they have nothing to do and were given nothing since."""
+        """Workers that said they have nothing to do and were given nothing since, or shortly before."""
+        self.given_at: dict[str, float] = {}
 
     @rule(worker=st.sampled_from(NAMES))
     def joins(self, worker: str) -> None:
@@ -294,7 +295,8 @@ class Life(RuleBasedStateMachine):
             return
         self.scheduler.report(report(self.numbers[worker], load, worker=worker, epoch=self.epochs[worker]), self.now)
         self.numbers[worker] += 1
-        (self.free.add if load is IDLE else self.free.discard)(worker)
+        is_free = load is IDLE and self.now - self.given_at.get(worker, -1.0) > 0.25
+        (self.free.add if is_free else self.free.discard)(worker)
         self.advances()
 
     @rule(
@@ -317,7 +319,7 @@ class Life(RuleBasedStateMachine):
         if placement is None:
             self.waiting[name] = None if deadline is None else self.now + deadline
         else:
-            self.free.discard(placement.decode)
+            self.given(placement)
 
     @rule(seconds=st.sampled_from((0.01, 0.3, 10.0)))
     def time_passes(self, seconds: float) -> None:
@@ -332,11 +334,15 @@ class Life(RuleBasedStateMachine):
         self.scheduler.withdraw(RequestId(name), self.now)
         self.waiting.pop(name, None)
 
+    def given(self, placement: Placement) -> None:
+        self.free.discard(placement.decode)
+        self.given_at[placement.decode] = self.now
+
     def advances(self) -> None:
         for request, outcome in self.scheduler.advance(self.now):
             deadline = self.waiting.pop(request)  # once, and only those who wait
             if isinstance(outcome, Placement):
-                self.free.discard(outcome.decode)
+                self.given(outcome)
                 assert deadline is None or deadline > self.now, "placed though nobody wants it any more"
             elif isinstance(outcome, DeadlineExceeded):
                 assert deadline is not None
