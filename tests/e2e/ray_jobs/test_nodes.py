@@ -30,6 +30,7 @@ PROMPT = list(range(60))
 TOKENS = 1500
 LOST_SECONDS = 60
 GONE_SECONDS = 20
+STARTED = "Ray runtime started"
 Until = Callable[..., Any]
 
 
@@ -71,23 +72,27 @@ class Node:
 class Nodes:
     """By role."""
 
-    def __init__(self, head: Head, ports: Iterator[int]) -> None:
+    def __init__(self, head: Head, ports: Iterator[int], wait_until: Until) -> None:
         self._head = head
         self._ports = ports
+        self._wait_until = wait_until
         self._stack = ExitStack()
         self.of: dict[str, Node] = {}
 
     def add(self, role: str) -> None:
+        """One at a time: nodes of one machine choose the names of their sockets by what is there already."""
         self.of[role] = Node(self._head, role, [next(self._ports) for _ in range(3)])
         self._stack.callback(self.of[role].close)
+        log = self._head.folder / f"{role}.log"
+        self._wait_until(lambda: STARTED in log.read_text(), f"the {role} node is there", told=log.read_text)
 
     def close(self) -> None:
         self._stack.close()
 
 
 @contextmanager
-def nodes_of(head: Head, ports: Iterator[int]) -> Iterator[Nodes]:
-    nodes = Nodes(head, ports)
+def nodes_of(head: Head, ports: Iterator[int], wait_until: Until) -> Iterator[Nodes]:
+    nodes = Nodes(head, ports, wait_until)
     try:
         for role in ADDRESSES:
             nodes.add(role)
@@ -112,14 +117,19 @@ def workers(served: Served) -> dict[str, tuple[str, int]]:
     return {info.id: (info.host, info.epoch) for info in alive}
 
 
+def alive(head: Head) -> int:
+    nodes = head.get("/api/v0/nodes?limit=100")["data"]["result"]["result"]
+    return sum(node["state"] == "ALIVE" for node in nodes)
+
+
 def is_ready(served: Served) -> bool:
     with Client(served.grpc, timeout_seconds=10) as client:
         return client.status().ready
 
 
 def test_a_job_on_four_nodes(head: Head, clone: Path, unused_ports: Iterator[int], wait_until: Until) -> None:
-    with nodes_of(head, unused_ports) as nodes:
-        wait_until(lambda: len(head.get("/nodes?view=summary")["data"]["summary"]) == 4, "four nodes are there")
+    with nodes_of(head, unused_ports, wait_until) as nodes:
+        wait_until(lambda: alive(head) == 4, "four nodes are there")
         on_front = ("--working-dir", str(clone), "--entrypoint-resources", '{"front": 0.01}')
         more = (*LABELLED, *NUMBERS)
         head.submit("nodes", *on_front, command=("python", "-m", "cluster"), more=more)
