@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from diptych import Client
-from diptych.errors import ServingError
 from tests.k8s.dockerfile import stages
 from tests.k8s.kubelet import TREE_INSIDE, Machine, Network, Pod, why_not
 from tests.k8s.manifests import TREE, Doc, of_kind, pods, render
@@ -150,15 +149,13 @@ def test_a_machine_that_is_cut_off_is_lost_in_seconds_and_its_pods_successor_tak
         until(lambda: not cluster.front.passes("readinessProbe"), "the front isn't ready", LOST_SECONDS)
         print(f"not ready {time.monotonic() - cut:.1f} s after its machine was cut off")
         assert cluster.front.passes("livenessProbe")
-        lost = answer.exception(LOST_SECONDS)
-        print(f"the answer under way: {lost or 'whole'}, {time.monotonic() - cut:.1f} s after")
-        assert isinstance(lost, ServingError) if lost else answer.result() == before
-    cluster.machine.network.heal(decode.name)
-    until(lambda: decode.process.poll() is not None, "the node that was given up has ended", told=decode.tail)
-    decode.close()
-    cluster.start("decode").wait_started()
-    until(lambda: cluster.front.passes("readinessProbe"), "the front is ready", told=cluster.front.tail)
-    print(f"ready again after {time.monotonic() - cut:.1f} s")
+        cluster.machine.network.heal(decode.name)
+        until(lambda: decode.process.poll() is not None, "the node that was given up has ended", told=decode.tail)
+        decode.close()
+        cluster.start("decode").wait_started()
+        until(lambda: cluster.front.passes("readinessProbe"), "the front is ready", told=cluster.front.tail)
+        print(f"ready again {time.monotonic() - cut:.1f} s after the cut")
+        assert len(answer.result(WAIT_SECONDS)) == len(before), "it went on where it was; bf16 may say it otherwise"
     assert cluster.workers()["decode-0"].info.epoch > epoch
     assert cluster.ask(400) == before
 

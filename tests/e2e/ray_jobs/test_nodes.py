@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from diptych import Client
-from diptych.errors import ServingError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +27,7 @@ LABELLED = ("--set", "pools.prefill.labels=role=prefill", "--set", "pools.decode
 NUMBERS = ("--set", "model.dtype=fp32", "--set", "kv.link=gloo", "--set", "placement.how=remote")
 PROMPT = list(range(60))
 TOKENS = 1500
-LOST_SECONDS = 60
+LOST_SECONDS = 180
 GONE_SECONDS = 20
 STARTED = "Ray runtime started"
 Until = Callable[..., Any]
@@ -127,12 +126,20 @@ def is_ready(served: Served) -> bool:
         return client.status().ready
 
 
-def test_a_job_on_four_nodes(head: Head, clone: Path, unused_ports: Iterator[int], wait_until: Until) -> None:
+@pytest.fixture
+def installed(head: Head, wheel: Path) -> Iterator[None]:
+    """Not a working directory: nodes of one machine share Ray's folder, and each sweeps what the others use."""
+    head.venv.install(wheel)
+    yield
+    head.venv.uninstall()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_job_on_four_nodes(head: Head, unused_ports: Iterator[int], wait_until: Until) -> None:
     with nodes_of(head, unused_ports, wait_until) as nodes:
         wait_until(lambda: alive(head) == 4, "four nodes are there")
-        on_front = ("--working-dir", str(clone), "--entrypoint-resources", '{"front": 0.01}')
-        more = (*LABELLED, *NUMBERS)
-        head.submit("nodes", *on_front, command=("python", "-m", "cluster"), more=more)
+        on_front = ("--entrypoint-resources", '{"front": 0.01}')
+        head.submit("nodes", *on_front, command=["diptych"], more=(*LABELLED, *NUMBERS))
         [served] = head.until_job_serves("nodes")
         served.check_answers()
         assert workers(served) == {f"{role}-0": (ADDRESSES[role], 0) for role in ("prefill", "decode")}
@@ -144,14 +151,14 @@ def test_a_job_on_four_nodes(head: Head, clone: Path, unused_ports: Iterator[int
             assert begun.wait(LOST_SECONDS)
             nodes.of["decode"].kill()
             killed = time.monotonic()
-            lost = answer.exception(LOST_SECONDS)
-        print(f"the answer under way: {lost or 'whole'}, {time.monotonic() - killed:.1f} s after the node's death")
-        assert isinstance(lost, ServingError) if lost else answer.result() == whole
-        wait_until(lambda: not is_ready(served), "nobody can answer")
-        nodes.add("decode")
-        wait_until(lambda: is_ready(served), "somebody can answer")
+            wait_until(lambda: not is_ready(served), "nobody can answer")
+            print(f"not ready {time.monotonic() - killed:.1f} s after the node's death")
+            nodes.add("decode")
+            wait_until(lambda: is_ready(served), "somebody can answer")
+            assert answer.result(LOST_SECONDS) == whole, "it went on where it was, in fp32 with the very tokens"
         print(f"ready {time.monotonic() - killed:.1f} s after the node's death, with another in its place")
-        assert workers(served)["decode-0"] == (ADDRESSES["decode"], 1)
+        host, epoch = workers(served)["decode-0"]  # Ray may have tried the dead node first
+        assert (host, epoch > 0) == (ADDRESSES["decode"], True)
         assert stream(served, threading.Event()) == whole
 
         head.job("stop", "nodes")
