@@ -25,7 +25,12 @@ from tests.k8s.operator import head_name, made
 if TYPE_CHECKING:
     from diptych.types import ModelSource
 
-pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=f"pods: {why_not()}")]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(why_not()), reason=f"pods: {why_not()}"),
+]
 
 WAIT_SECONDS = 120
 LOST_SECONDS = 30

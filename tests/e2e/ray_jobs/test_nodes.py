@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.ray_jobs.conftest import Head, Served
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.full]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
 
 ADDRESSES = {"front": "127.0.0.3", "prefill": "127.0.0.4", "decode": "127.0.0.5"}
 LABELLED = ("--set", "pools.prefill.labels=role=prefill", "--set", "pools.decode.labels=role=decode")
