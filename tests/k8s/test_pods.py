@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import secrets
 import shutil
@@ -18,9 +17,10 @@ import pytest
 
 from diptych import Client
 from tests.k8s.dockerfile import stages
-from tests.k8s.kubelet import TREE_INSIDE, Machine, Network, Pod, why_not
+from tests.k8s.kubelet import TREE_INSIDE, Machine, Pod, why_not
 from tests.k8s.manifests import TREE, Doc, of_kind, pods, render
 from tests.k8s.operator import head_name, made
+from tests.k8s.pod_network import Network
 
 if TYPE_CHECKING:
     from diptych.types import ModelSource
@@ -114,7 +114,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, default_model: ModelSource
             hosts={},
             image=image(),
             configs={doc["metadata"]["name"]: doc["data"] for doc in of_kind(docs, "ConfigMap")},
-            secrets={"diptych": {"auth_token": token, "base64": base64.b64encode(token.encode()).decode()}},
+            secrets={"diptych": {"auth_token": token}},
             seeds={"models": seed},
         )
         it = Cluster(docs, machine)
