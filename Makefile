@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-relay bench-sampling bench-transfer check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-relay bench-sampling bench-transfer bench-predict check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench-sampling: install ## What choosing tokens costs beside the model
 
 bench-transfer: install ## What a KV transfer costs: links, what stays exposed, decode beside
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.transfer $(ARGS)
+
+bench-predict: install ## Predicted against actual time to first token, live; ARGS="--requests 700" passes arguments
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python tests/bench/bench_predict.py $(ARGS)
 
 check: install ## Format, lint, types and protocol, changing nothing
 	$(BIN)/ruff format --check .
