@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-relay bench-sampling bench-transfer bench-predict check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-relay bench-sampling bench-transfer bench-predict check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ k8s-check: ## Render every kustomization, validate and lint it; lint tests
 
 bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1 --weights auto,bf16,torch"
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.engine $(ARGS)
+
+bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
+	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
 
 bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
 	@exec $(BIN)/python tests/bench/relay.py $(ARGS)
