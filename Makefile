@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-relay bench-sampling bench-transfer check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-relay bench-sampling bench-transfer bench-predict check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ k8s-check: ## Render every kustomization, validate and lint it; lint tests
 bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1 --weights auto,bf16,torch"
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.engine $(ARGS)
 
+bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
+	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
+
 bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
 	@exec $(BIN)/python tests/bench/relay.py $(ARGS)
 
@@ -44,6 +47,9 @@ bench-sampling: install ## What choosing tokens costs beside the model
 
 bench-transfer: install ## What a KV transfer costs: links, what stays exposed, decode beside
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.transfer $(ARGS)
+
+bench-predict: install ## Predicted against actual time to first token, live; ARGS="--requests 700" passes arguments
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python tests/bench/bench_predict.py $(ARGS)
 
 check: install ## Format, lint, types and protocol, changing nothing
 	$(BIN)/ruff format --check .

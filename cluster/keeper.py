@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,8 @@ def _exit_with(run: Callable[[], int]) -> None:
         status = run()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # nobody above says it: this process ends here
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -25,6 +25,7 @@ from cluster.front.outcomes import Outcomes, Watch
 from cluster.front.patience import Patience
 from cluster.front.scheduler_calls import SchedulerSilent
 from cluster.front.service import Ask, Delta
+from cluster.observe.spans import Spans
 from cluster.scheduler.costs import RequestShape, Rule
 from diptych.errors import DeadlineExceeded, Draining, Overloaded, ServingError, WorkerLost
 from diptych.hashing import granule_hashes, tenant_root
@@ -126,6 +127,7 @@ class Dispatcher:
         self._scheduler = scheduler
         self._desk = desk or Desk()
         self._outcomes = Outcomes(scheduler)
+        self._spans = Spans()
         self._members: dict[WorkerId, _Member] = {}
         self._inboxes: dict[RequestId, Inbox] = {}
         self._placed_on: dict[RequestId, Placement] = {}
@@ -260,9 +262,10 @@ class Dispatcher:
             error = type(ended).__name__
             raise
         finally:
-            self._outcomes.add(life.watch.outcome(error))
             placement = self._placed_on.pop(request.id, None)
             self._contexts.pop(request.id, None)
+            self._outcomes.add(outcome := life.watch.outcome(error))
+            self._spans.tell(outcome, placement, request.arrived)
             del self._inboxes[request.id]
             # An answer that ended by itself is over at the worker too; a stop string is only known here.
             if placement and not answer.ended_by_worker:

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.observe.cluster_metrics import ClusterCollector
 from diptych.errors import NoWorker, WorkerLost
-from diptych.types import ClusterStatus, Counters, QueueStatus
+from diptych.types import Accuracy, ClusterStatus, Counters, QueueStatus
 
 if TYPE_CHECKING:
     from diptych import Client
@@ -122,3 +122,32 @@ def test_a_scheduler_that_does_not_answer_leaves_the_fronts_own_figures(
 def test_every_counter_of_a_worker_is_exported(wire: Wire) -> None:
     exported = {family.name for family in ClusterCollector(wire.run(wire.service.status())).collect()}
     assert {f"diptych_{counter.name}" for counter in fields(Counters)} <= exported
+
+
+def test_a_lying_index_and_wrong_predictions_are_seen() -> None:
+    accuracy = Accuracy(
+        outcomes=3,
+        ttft_errors=(1, 0, 0, 0, 0, 0, 1, 1),
+        ttft_error_seconds=0.75,
+        predicted_hit_tokens=640,
+        actual_hit_tokens=500,
+        hits_missed_tokens=160,
+        hits_unforeseen_tokens=20,
+    )
+    status = ClusterStatus(
+        model="tiny",
+        build="b",
+        workers=(),
+        requests_placed=3,
+        index_blocks=40,
+        accuracy=accuracy,
+        decision_cpu_seconds=0.5,
+    )
+    samples = [sample for family in ClusterCollector(status).collect() for sample in family.samples]
+    told = {(sample.name, sample.labels.get("le", "")): sample.value for sample in samples}
+    assert told["diptych_hit_tokens_missed_total", ""] == 160
+    assert told["diptych_hit_tokens_unforeseen_total", ""] == 20
+    assert told["diptych_hit_tokens_predicted_total", ""] == 640
+    assert told["diptych_ttft_error_seconds_total", ""] == 0.75
+    assert told["diptych_scheduler_cpu_seconds_total", ""] == 0.5
+    assert [told["diptych_ttft_error_ratio_bucket", le] for le in ("0.05", "1.0", "2.0", "+Inf")] == [1, 1, 2, 3]

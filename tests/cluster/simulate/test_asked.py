@@ -1,4 +1,4 @@
-"""A simulated request tells the scheduler names as real ones do: distinct, chained, a block's by its last granule."""
+"""A simulated request tells the scheduler names as a real one would: distinct, chained, a block by its last granule."""
 
 from __future__ import annotations
 

@@ -373,6 +373,17 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 @pytest.fixture(scope="session")
+def unused_ports() -> Iterator[int]:
+    """One after the other, none twice."""
+    return iter(free_ports(24))
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., Any]:
+    return until
+
+
+@pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that a clone holds."""
     copy = tmp_path_factory.mktemp("clone") / "diptych"

@@ -18,7 +18,7 @@ import pytest
 from diptych.types import FrontId, Placement, Request, WorkerId, WorkerSpec
 from tests.workers.conftest import Front, Token
 from tests.workers.crashes.line import Line
-from tests.workers.crashes.worker_process import COPY_VARIABLE, Footprint, Look, serve
+from tests.workers.crashes.worker_process import COPY_VARIABLE, NAMESPACE_VARIABLE, Footprint, Look, serve
 from workers.transfer.fail_points import VARIABLE
 
 ROOT = Path(__file__).parents[3]
@@ -113,15 +113,23 @@ class Society:
     members: dict[str, Member] = field(default_factory=dict)
 
     async def start(
-        self, name: str, *, epoch: int = 0, fail_at: str = "", in_copy: bool = False, **changes: Any
+        self,
+        name: str,
+        *,
+        epoch: int = 0,
+        fail_at: str = "",
+        in_copy: bool = False,
+        namespace: str = "",
+        **changes: Any,
     ) -> Member:
-        """In the place of whoever had this name."""
+        """In the place of whoever had this name; in a network of its own where `namespace` names one."""
         if before := self.members.pop(name, None):
             await before.close()
         spec = replace(self.spec, id=WorkerId(name), epoch=epoch, **changes)
         path = str(self.folder / f"{name}.{epoch}")
         ours, theirs = self.context.Pipe()
         environment = {VARIABLE: fail_at, **({COPY_VARIABLE: "1"} if in_copy else {})}
+        environment |= {NAMESPACE_VARIABLE: namespace} if namespace else {}
         process = self.context.Process(target=serve, args=(spec, path, environment, theirs), daemon=True)
         process.start()
         theirs.close()

@@ -31,6 +31,9 @@ from workers.worker import Worker
 _PR_SET_PDEATHSIG = 1
 COPY_VARIABLE = "DIPTYCH_TEST_STOP_IN_COPY"
 """In its environment: it stops itself, once, in the middle of moving a parcel."""
+NAMESPACE_VARIABLE = "DIPTYCH_TEST_NAMESPACE"
+"""In its environment: the network namespace that it lives in."""
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +70,20 @@ def serve(spec: WorkerSpec, path: str, environment: dict[str, str], ready: Conne
     """Until it is killed; also when what started it dies. Says to `ready` that its socket is there."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(environment)
+    if NAMESPACE_VARIABLE in environment:
+        enter(environment[NAMESPACE_VARIABLE])
     if COPY_VARIABLE in environment:
         _stop_in_copy()
     torch.set_num_threads(1)
     asyncio.run(_serve(spec, path, ready))
+
+
+def enter(namespace: str) -> None:
+    """This thread's sockets, and those of threads it starts, are there from now on. (`os.setns` comes with 3.12.)"""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as there:
+        if libc.setns(there.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"can't enter the network namespace {namespace}")
 
 
 async def _serve(spec: WorkerSpec, path: str, ready: Connection) -> None:
