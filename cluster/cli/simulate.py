@@ -43,6 +43,7 @@ _KILL = re.compile(r"(?P<worker>[a-z]+-\d+)@(?P<at>[\d.]+)(\+(?P<absent>[\d.]+))
 @click.option("--block-tokens", type=click.IntRange(16), metavar="N", help="Of hashes; else 512, Bailian 16.")
 @click.option("--seed", default=0, metavar="N", help="Of what is drawn.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
+@click.option("--plot", "plot_folder", type=click.Path(file_okay=False, path_type=Path), help="Write PNGs there.")
 def simulate(
     trace: str,
     *,
@@ -58,6 +59,7 @@ def simulate(
     block_tokens: int | None,
     seed: int,
     json_file: Path | None,
+    plot_folder: Path | None,
 ) -> None:
     """Serve TRACE by virtual workers once for each policy, and compare. TRACE is
     Mooncake or Bailian JSONL, Azure or BurstGPT CSV, or single-turn:N.
@@ -70,6 +72,8 @@ def simulate(
     from cluster.terminal import Terminal
 
     chosen = _constants(constants, settings, pools)
+    if plot_folder:
+        _check_plots()
     read = _trace(trace, block_tokens, chosen.trace.requests)
     if mode == "placement":
         _place(read, chosen, names or _NAMES, json_file)
@@ -82,6 +86,8 @@ def simulate(
     _print(comparison, results)
     if json_file:
         _write(json_file, comparison, results, seed)
+    if plot_folder:
+        _draw(plot_folder, comparison, results)
 
 
 def _place(trace: Trace, constants: Constants, names: Sequence[str], json_file: Path | None) -> None:
@@ -210,3 +216,19 @@ def _write(file: Path, comparison: Comparison, results: Sequence[Result], seed: 
         "results": result_json(results),
     }
     file.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _check_plots() -> None:
+    from cluster.simulate.plots import NoPlots, check_plots
+
+    try:
+        check_plots()
+    except NoPlots as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _draw(folder: Path, comparison: Comparison, results: Sequence[Result]) -> None:
+    from cluster.simulate.plots import write_plots
+
+    for file in write_plots(folder, results, comparison.constants.slo):
+        click.echo(file)

@@ -1,4 +1,4 @@
-"""A simulated request tells the scheduler names as a real one would: distinct, chained, a block by its last granule."""
+"""A simulated request names its granules as a real one does: distinct, chained, a block by its last one."""
 
 from __future__ import annotations
 
