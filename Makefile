@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-relay bench-sampling bench-transfer bench-predict bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-relay bench-sampling bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench-transfer: install ## What a KV transfer costs: links, what stays exposed, 
 
 bench-predict: install ## Predicted against actual time to first token, live; ARGS="--requests 700" passes arguments
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python tests/bench/bench_predict.py $(ARGS)
+
+bench-admission: install ## How soon a full queue refuses, live; ARGS="--calls 200" passes arguments
+	@exec $(BIN)/python tests/bench/bench_admission.py $(ARGS)
 
 bench-simulate: install ## The speed of a real trace that each placement policy bears, in virtual time
 	@PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.simulate $(ARGS)
