@@ -10,6 +10,7 @@ Workers serve by priority: for an important request the less important ones' wor
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape, Rule
     from cluster.scheduler.fleet import Array
     from cluster.scheduler.view import ClusterView, RequestPlaced, WorkerView
-    from diptych.types import WorkerId
+    from diptych.types import Load, RequestId, WorkerId
 
 NEVER: Final = float("inf")
 """No time will do it; news may."""
 _NEWEST = 0.125
 """Weight of the newest gap between two reports."""
 _GAPS = 2
+_ARRIVED_SECONDS = 5.0
+"""Whoever was sent longer ago has arrived, and is in the worker's reports as long as it is there."""
 _NOTHING_SECONDS = 1e-6
 """Rounding must not shut the gate at the very time at which it was said to open."""
 
@@ -52,9 +55,12 @@ class Gate:
         self._gaps = np.zeros(0)
         """Seconds between reports; 0 until that was seen."""
         self._waiting = np.zeros(0)
-        """Requests that wait there or are on their way."""
-        self._sent = np.zeros(0)
-        """When one was last sent there."""
+        """Requests that wait there, or are on their way."""
+        self._requests = np.zeros(0)
+        """As `_waiting`, and those that run."""
+        self._sent: defaultdict[int, dict[RequestId, float]] = defaultdict(dict)
+        """When each request was sent to where it is decoded, of those that aren't known to be over."""
+        self._slots: dict[RequestId, int] = {}
 
     # ---- asked --------------------------------------------------------------------------------------------
 
@@ -95,24 +101,37 @@ class Gate:
     def joined(self, worker: WorkerView) -> None:
         """Nothing is known of it."""
         self._grow()
-        self._gaps[worker.slot] = self._waiting[worker.slot] = 0.0
-        self._sent[worker.slot] = -NEVER
+        self._gaps[worker.slot] = self._waiting[worker.slot] = self._requests[worker.slot] = 0.0
+        for request in self._sent.pop(worker.slot, ()):
+            del self._slots[request]
 
-    def reported(self, before: WorkerView, waiting_requests: int, now: float) -> None:
-        """A worker's next report. One who was sent there a moment ago may not be counted in it."""
+    def reported(self, before: WorkerView, load: Load, now: float) -> None:
+        """A worker's next report."""
         slot = before.slot
         if before.load.waiting_tokens:
             known = self._gaps[slot] or self._report_seconds
             self._gaps[slot] = known + _NEWEST * (now - before.heard - known)
-        on_the_way = now - self._sent[slot] <= self._bounds_seconds()[slot]
-        self._waiting[slot] = max(waiting_requests, int(on_the_way))
+        there, sent = load.running_requests + load.waiting_requests, self._sent[slot]
+        while len(sent) > there and now - next(iter(sent.values())) > _ARRIVED_SECONDS:
+            self.finished(next(iter(sent)))  # its front died before it could tell
+        # Who was sent and isn't over is there, or on the way, whatever a report says that left before.
+        self._requests[slot] = max(there, len(sent))
+        self._waiting[slot] = max(load.waiting_requests, len(sent) - load.running_requests)
 
     def placed(self, placed: RequestPlaced) -> None:
         """One more is on the way."""
+        self.finished(placed.request)
+        decodes = self._view.workers[placed.placement.decode].slot
+        self._sent[decodes][placed.request], self._slots[placed.request] = placed.at, decodes
+        self._requests[decodes] += 1
         for worker in {placed.computes, placed.placement.decode}:
-            slot = self._view.workers[worker].slot
-            self._waiting[slot] += 1
-            self._sent[slot] = placed.at
+            self._waiting[self._view.workers[worker].slot] += 1
+
+    def finished(self, request: RequestId) -> None:
+        """It is over, or is placed again."""
+        slot = self._slots.pop(request, None)
+        if slot is not None:
+            del self._sent[slot][request]
 
     # ---- inside -------------------------------------------------------------------------------------------
 
@@ -142,7 +161,7 @@ class Gate:
 
     def _can_decode(self, shape: RequestShape) -> NDArray[np.bool_]:
         # One token more: the answer's first.
-        fits = self._has_room(shape.prompt_tokens + 1) & (self._view.fleet.requests < self._max_running)
+        fits = self._has_room(shape.prompt_tokens + 1) & (self._requests < self._max_running)
         return (self._waiting == 0) | fits
 
     def _has_room(self, tokens: int) -> NDArray[np.bool_]:
@@ -152,8 +171,8 @@ class Gate:
 
     def _grow(self) -> None:
         more = len(self._view.fleet) - len(self._gaps)
-        self._gaps, self._waiting, self._sent = (
-            np.concatenate((column, np.zeros(more))) for column in (self._gaps, self._waiting, self._sent)
+        self._gaps, self._waiting, self._requests = (
+            np.concatenate((column, np.zeros(more))) for column in (self._gaps, self._waiting, self._requests)
         )
 
 

@@ -114,7 +114,7 @@ class Scheduler:
         """Whether the worker's next report has to be a full one."""
         before = self._view.workers.get(report.worker)
         if before is not None and before.info.epoch == report.epoch:
-            self._gate.reported(before, report.load.waiting_requests, now)
+            self._gate.reported(before, report.load, now)
         self._view.apply(Reported(report=report, at=now))
         worker = self._view.workers.get(report.worker)
         return worker is not None and worker.info.epoch == report.epoch and worker.needs_full
@@ -192,6 +192,7 @@ class Scheduler:
     def finished(self, outcome: Outcome, now: float) -> None:
         """A front's last word of a request that was asked for."""
         self._charges.settle(outcome)
+        self._gate.finished(outcome.request)
         self._records.finished(outcome, now)
         self._view.apply(RequestFinished(outcome=outcome))
 
