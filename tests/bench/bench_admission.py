@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from serving import Cluster
 
-HOLDERS = 6
-"""One runs, one or two wait at the worker, one in the queue; the others are refused, too."""
+HOLDERS = 3
+"""One runs, one waits at the worker, one in the queue."""
 WAIT_SECONDS = 60
 SETTINGS = (
     "pools.prefill.workers=0",
@@ -38,14 +38,15 @@ SETTINGS = (
 
 
 def hold(cluster: Cluster, let_go: Event) -> None:
-    """An answer that lasts until `let_go`, if it is taken."""
-    try:
-        with Client(cluster.grpc) as client:
-            for _ in client.generate("hold", max_tokens=6000, ignore_eos=True):
-                if let_go.is_set():
-                    return
-    except Overloaded:
-        return
+    """Takes a place until `let_go`."""
+    with Client(cluster.grpc) as client:
+        while not let_go.is_set():
+            try:
+                for _ in client.generate("hold", max_tokens=6000, ignore_eos=True):
+                    if let_go.is_set():
+                        return
+            except Overloaded as refusal:
+                let_go.wait(min(refusal.retry_after, 0.1))
 
 
 def refused_over_grpc(client: Client) -> None:
