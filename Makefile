@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-relay bench-sampling bench-transfer bench-predict bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-quality bench-relay bench-sampling bench-transfer bench-predict bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1
 
 bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
 	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
+
+bench-quality: install ## What each weight format costs in quality, beside fp32
+	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.quality $(ARGS)
 
 bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
 	@exec $(BIN)/python tests/bench/relay.py $(ARGS)
