@@ -81,7 +81,7 @@ def test_a_fifth_of_it_at_most_is_computed_again(three: Cluster) -> None:
     everything = lost * (PROMPT + BEFORE)
     print(
         f"\n{lost} of {STREAMS} answers lost their worker: {again} tokens computed again of {everything} "
-        f"({again / everything:.3f}); pauses {statistics.median(pauses):.1f} s in the median, {max(pauses):.1f} s at most"
+        f"({again / everything:.3f}); pauses median {statistics.median(pauses):.1f} s, longest {max(pauses):.1f} s"
     )
     assert set(heard) == {BEFORE + AFTER}
     assert lost >= STREAMS // 4
