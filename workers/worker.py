@@ -253,7 +253,8 @@ class Worker:
         return self._offer
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
-        self._check_serves()
+        if self._draining:
+            raise Draining(f"{self.spec.id} is draining")
         key = (order.request.id, order.attempt)
         if key in self._orders:
             raise TransferFailed(f"{order.request.id}: ordered twice")
