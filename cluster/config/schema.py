@@ -245,6 +245,8 @@ class Cluster(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "diptych"
     """What a detached cluster is called: `diptych status --name`, `diptych stop --name`."""
+    max_deaths: Positive = 5
+    """A worker, a front or the scheduler that dies more often within ten minutes stays away."""
     drain_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 120.0
     """How long a worker that drains waits for those who still need its KV."""
     room_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 60.0
