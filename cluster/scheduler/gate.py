@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cluster.scheduler.costs import RequestShape, Rule
-    from cluster.scheduler.fleet import Array
     from cluster.scheduler.events import RequestPlaced
+    from cluster.scheduler.fleet import Array
     from cluster.scheduler.view import ClusterView, WorkerView
     from diptych.types import WorkerId
 
