@@ -365,6 +365,7 @@ class Worker:
             max_batch_tokens=spec.max_batch_tokens,
             max_running=spec.max_running,
             max_context=min(config.context, blocks * spec.block_size),
+            eviction=spec.eviction,
         )
         memory = self._share(layout_of(config, spec.block_size, spec.dtype), blocks, device)
         engine = Engine(model, limits, dtype=spec.dtype, device=device, memory=memory)

@@ -137,5 +137,9 @@ def placements(
     """Each policy in placement alone, then the bound."""
     for name in names:
         tell(f"{name} places")
-        yield place_all(trace, constants, Ours(queues=False) if name == Ours.name else POLICIES[name]())
+        if name != Ours.name:
+            yield place_all(trace, constants, POLICIES[name]())
+            continue
+        for eviction in ("lru", "reuse"):
+            yield place_all(trace, constants, Ours(queues=False), eviction)
     yield bound(trace, constants, POLICIES["round_robin"]())
