@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-relay bench-sampling bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-quality bench-relay bench-sampling bench-scheduler bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,11 +39,17 @@ bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1
 bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
 	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
 
+bench-quality: install ## What each weight format costs in quality, beside fp32
+	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.quality $(ARGS)
+
 bench-relay: install ## CPU from engine to client, 32 streams; ARGS="--streams 8" passes arguments
 	@exec $(BIN)/python tests/bench/relay.py $(ARGS)
 
 bench-sampling: install ## What choosing tokens costs beside the model
 	@exec $(BIN)/python tests/bench/bench_sampling.py $(ARGS)
+
+bench-scheduler: install ## Placements, look-ups and block events per CPU second, memory, regret
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.scheduler $(ARGS)
 
 bench-transfer: install ## What a KV transfer costs: links, what stays exposed, decode beside
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.transfer $(ARGS)

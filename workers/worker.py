@@ -253,7 +253,8 @@ class Worker:
         return self._offer
 
     async def run(self, order: PrefillOrder) -> PrefillDone:
-        self._check_serves()
+        if self._draining:
+            raise Draining(f"{self.spec.id} is draining")
         key = (order.request.id, order.attempt)
         if key in self._orders:
             raise TransferFailed(f"{order.request.id}: ordered twice")
@@ -364,6 +365,7 @@ class Worker:
             max_batch_tokens=spec.max_batch_tokens,
             max_running=spec.max_running,
             max_context=min(config.context, blocks * spec.block_size),
+            eviction=spec.eviction,
         )
         memory = self._share(layout_of(config, spec.block_size, spec.dtype), blocks, device)
         engine = Engine(model, limits, dtype=spec.dtype, device=device, memory=memory)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from cluster.simulate.cluster import Kill
     from cluster.simulate.compare import Comparison, Result
     from cluster.simulate.constants import Constants
+    from cluster.simulate.run import Kill
     from cluster.simulate.trace import Trace
 
 _NAMES = ("round_robin", "least_loaded", "longest_prefix", "queue_plus_uncached", "dynamo", "llm-d", "ours")
@@ -36,6 +36,7 @@ _KILL = re.compile(r"(?P<worker>[a-z]+-\d+)@(?P<at>[\d.]+)(\+(?P<absent>[\d.]+))
 @click.option("--speeds", metavar="S,S", help="How much faster than recorded; else 1.")
 @click.option("--highest", is_flag=True, help="Find the highest speed that keeps the SLO.")
 @click.option("--tune", is_flag=True, help="First find the others' best weights on TRACE.")
+@click.option("--plan", is_flag=True, help="Find the smallest pools that keep the SLO.")
 @click.option("--pools", metavar="P:D[:M]", help="Prefill, decode, mixed workers.")
 @click.option("--kill", "kills", metavar="W@S[+S]", multiple=True, help="Worker W dies at S, back S later.")
 @click.option("--constants", metavar="FILE", help="JSON of rates, link, SLO; else an 8B model.")
@@ -52,6 +53,7 @@ def simulate(
     speeds: str | None,
     highest: bool,
     tune: bool,
+    plan: bool,
     pools: str | None,
     kills: tuple[str, ...],
     constants: str | None,
@@ -81,6 +83,10 @@ def simulate(
     read = read.spread(seed)
     asked = _speeds(speeds) or (() if highest else (1.0,))
     with Terminal() as terminal:
+        if plan:
+            comparison = Comparison(trace=read, constants=chosen, tell=terminal.tell)
+            _plan(comparison, names[0] if names else "ours", asked or (1.0,), json_file)
+            return
         comparison = Comparison(trace=read, constants=chosen, kills=_kills(kills, chosen), tell=terminal.tell)
         results = list(compare(comparison, names or _NAMES, asked, highest=highest, tune=tune))
     _print(comparison, results)
@@ -106,6 +112,31 @@ def _place(trace: Trace, constants: Constants, names: Sequence[str], json_file: 
     console.print(*weights_used(results), sep="\n", markup=False)
     if json_file:
         told = {"trace": trace.name, "constants": constants.model_dump(), "results": [asdict(one) for one in results]}
+        json_file.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _plan(comparison: Comparison, name: str, speeds: Sequence[float], json_file: Path | None) -> None:
+    from cluster.simulate.compare import POLICIES
+    from cluster.simulate.plan import TooMuch, plan
+    from cluster.simulate.tables import plan_json, plan_table
+
+    try:
+        plans = [plan(comparison, POLICIES[name], speed) for speed in speeds]
+    except TooMuch as error:
+        raise click.ClickException(str(error)) from error
+    trace, slo, console = comparison.trace, comparison.constants.slo, _console()
+    console.print(
+        f"{trace.name}: {len(trace.requests):,} requests in {trace.seconds:,.0f} s, placed by {name}",
+        f"SLO: of {slo.share:.0%} the first token within {slo.ttft_seconds:g} s + "
+        f"{slo.ttft_seconds_per_1000_prompt_tokens:g} s per 1,000 prompt tokens, the others every "
+        f"{1000 * slo.mean_itl_seconds:g} ms on average",
+        *trace.notes,
+        sep="\n",
+        markup=False,
+    )
+    console.print(plan_table(plans))
+    if json_file:
+        told = {"trace": trace.name, "constants": comparison.constants.model_dump(), "plans": plan_json(plans)}
         json_file.write_text(json.dumps(told, indent=1) + "\n")
 
 
@@ -161,8 +192,8 @@ def _speeds(text: str | None) -> tuple[float, ...]:
 
 
 def _kills(texts: Sequence[str], constants: Constants) -> tuple[Kill, ...]:
-    from cluster.simulate.cluster import Kill
     from cluster.simulate.fleet import worker_info
+    from cluster.simulate.run import Kill
     from diptych.types import WorkerId
 
     known = {info.id for info in worker_info(constants, 16)}

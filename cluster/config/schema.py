@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cluster.config.values import Address, parse_address, parse_labels, parse_size, parse_weights
 from diptych.hashing import granules_per_block
-from diptych.types import ModelDtype, Role, Verify
+from diptych.types import Eviction, ModelDtype, Role, Verify
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -177,6 +177,9 @@ class Kv(Section):
     """Number format of blocks on their way over gloo and nccl; a mapped block is read as it is."""
     verify: Verify = "sample"
     """Which transferred buffers carry a checksum."""
+    eviction: Eviction = "lru"
+    """Which unused content yields first: reuse is what is least likely to be used again, as learned from what
+    was; lru what is unused for longest."""
     lease_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 10.0
     """A hand-off that takes longer is given up and its blocks return."""
 
@@ -245,6 +248,8 @@ class Cluster(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "diptych"
     """What a detached cluster is called: `diptych status --name`, `diptych stop --name`."""
+    max_deaths: Positive = 5
+    """A worker, a front or the scheduler that dies more often within ten minutes stays away."""
     drain_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 120.0
     """How long a worker that drains waits for those who still need its KV."""
     room_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 60.0

@@ -101,4 +101,5 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         lease_seconds=config.kv.lease_seconds,
         cache=site.cache,
         weights=config.engine.weights,
+        eviction=config.kv.eviction,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.config.values import Address
@@ -14,9 +14,9 @@ from diptych.types import FrontId, WorkerInfo, WorkerSpec
 class WorkerPart:
     spec: WorkerSpec
     handle: Any
+    deaths: Deaths
     info: WorkerInfo | None = None
     """None while it isn't up."""
-    deaths: Deaths = field(default_factory=Deaths)
     lost: bool = False
     """It died too often and does not come back."""
     retiring: bool = False
@@ -28,11 +28,11 @@ class FrontPart:
     number: int
     http: Address
     grpc: Address
+    deaths: Deaths
     handle: Any = None
     pid: int | None = None
     incarnation: int = 0
     prepared: bool = False
-    deaths: Deaths = field(default_factory=Deaths)
     lost: bool = False
 
     @property

@@ -27,7 +27,7 @@ from cluster.pools.processes import Processes
 from cluster.pools.room import Room, wait_room
 from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
 from diptych.errors import Internal, ServingError
-from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo
+from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo, WorkerSpec
 from workers.actors import answer
 
 _START_SECONDS = 600.0
@@ -50,7 +50,7 @@ class Pools:
         self._workers: dict[WorkerId, WorkerPart] = {}
         self._fronts: list[FrontPart] = []
         self._scheduler: Any = None
-        self._scheduler_deaths = Deaths()
+        self._scheduler_deaths = self._deaths()
         self._watches: set[asyncio.Task[None]] = set()
         self._listeners = Listeners(add)
         self._changes = Changes(config, site, self)
@@ -63,8 +63,8 @@ class Pools:
         self._say(f"starting {kinds}: {device_of(self._config, self._site)}, {specs[0].threads} thread(s) each")
         self._scheduler = self._make.scheduler()
         addresses = front_addresses(self._config)
-        self._fronts = [FrontPart(number, http, grpc) for number, (http, grpc) in enumerate(addresses)]
-        self._workers = {spec.id: WorkerPart(spec, self._make.worker(spec)) for spec in specs}
+        self._fronts = [FrontPart(number, http, grpc, self._deaths()) for number, (http, grpc) in enumerate(addresses)]
+        self._workers = {spec.id: self._part(spec) for spec in specs}
         self._say_loading()
         try:
             ports = await asyncio.wait_for(self._start_all(), _START_SECONDS)
@@ -120,7 +120,13 @@ class Pools:
 
     def part(self, role: Role, number: int) -> WorkerPart:
         spec = member(self._config, self._site, role, number)
-        return WorkerPart(spec, self._make.worker(spec))
+        return self._part(spec)
+
+    def _part(self, spec: WorkerSpec) -> WorkerPart:
+        return WorkerPart(spec, self._make.worker(spec), self._deaths())
+
+    def _deaths(self) -> Deaths:
+        return Deaths(self._config.cluster.max_deaths)
 
     async def add(self, part: WorkerPart) -> None:
         self._workers[part.spec.id], part.retiring = part, False

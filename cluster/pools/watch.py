@@ -16,14 +16,15 @@ import ray
 from diptych.errors import ServingError
 from workers.actors import answer
 
-_MANY_DEATHS = 5
 _FORGOTTEN_SECONDS = 600.0
 
 
 class Deaths:
     """Of one place in the cluster. Old ones are forgotten: a crash a day is no reason to give up."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """`most` within ten minutes are made good."""
+        self._most = most
         self._at: deque[float] = deque()
 
     def add(self, now: float) -> None:
@@ -35,7 +36,7 @@ class Deaths:
     @property
     def too_many(self) -> bool:
         """It would die for ever."""
-        return len(self._at) > _MANY_DEATHS
+        return len(self._at) > self._most
 
     def __str__(self) -> str:
         return f"{len(self._at)} times within {_FORGOTTEN_SECONDS / 60:.0f} minutes"

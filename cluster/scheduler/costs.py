@@ -96,7 +96,7 @@ class Estimate:
     growth: Array
     """What of it is due to the newcomer."""
     rows: Array
-    """Requests that decode there already."""
+    """Requests that decode there already: the fleet's own column, which the next placement changes."""
     missing_tokens: Array
     """Of the prompt, to be sent there."""
     answer_tokens: float
@@ -125,7 +125,9 @@ def estimate(
     holder, second, fetched, fetch = _fetch(fleet, prompt_tokens, held * fleet.alive, reused)
     computed = missing if fetched is None else missing - fetched
     prompt = computed * (fleet.token_seconds + fleet.pair_seconds * (prompt_tokens - computed * 0.5))
-    compute = np.ceil(computed / fleet.step_tokens + 1e-9) * fleet.beside_seconds + prompt
+    compute = fleet.beside_seconds + prompt
+    if prompt_tokens > fleet.least_step_tokens:
+        compute += fleet.beside_seconds * np.floor((computed - 1.0) / fleet.step_tokens)
     wait = np.maximum(idle_at - now, 0.0)
     first_token = wait + compute
     if fetch is not None:
@@ -146,7 +148,7 @@ def estimate(
         room=_room(fleet, missing, answer_tokens, step),
         step=step,
         growth=growth,
-        rows=fleet.rows.copy(),
+        rows=fleet.rows,
         missing_tokens=missing,
         answer_tokens=answer_tokens,
     )
@@ -155,7 +157,7 @@ def estimate(
 def _fetch(fleet: Fleet, prompt_tokens: int, held: Array, reused: Array) -> tuple[int, int, Array | None, Array | None]:
     """Who has most of the prompt, who has next to most, and for whom it is cheaper to get it than to compute it."""
     holder = int(held.argmax())
-    top = float(held[holder])
+    top = held.item(holder)
     if not top:
         return -1, -1, None, None
     held[holder] = 0.0
@@ -187,8 +189,8 @@ def _whole(fleet: Fleet, slot: int, tokens: float) -> float:
 
 def _room(fleet: Fleet, missing: Array, answer_tokens: float, step: Array) -> Array | None:
     """What doesn't fit waits for as many tokens to leave: all that are there do in the time of an answer."""
-    lacking = missing + answer_tokens - fleet.room_blocks * fleet.block_tokens
-    if lacking[lacking.argmax()] <= 0.0:
+    if fleet.room_tokens.item(int(fleet.room_tokens.argmin())) >= missing.item(int(missing.argmax())) + answer_tokens:
         return None
+    lacking = missing + answer_tokens - fleet.room_tokens
     there = np.maximum(fleet.context_tokens, fleet.block_tokens)
     return np.maximum(lacking, 0.0) / there * answer_tokens * step

@@ -25,7 +25,10 @@ _SMALL = 64
 
 def kept(decision: Decision) -> Decision:
     """What is kept of a decision to tell of it later: without its prompt's names, and bounded in size."""
-    decision = decision._replace(placed=decision.placed._replace(granules=()))
+    decision = decision._replace(
+        placed=decision.placed._replace(granules=()),
+        estimate=replace(decision.estimate, rows=decision.estimate.rows.copy()),
+    )
     return decision if len(decision.hosts) <= _SMALL else brief(decision)
 
 

@@ -15,6 +15,8 @@ from cluster.scheduler.backlog import RANKS
 from cluster.scheduler.rates import EXPOSED_PRIOR, STEP_PRIOR, TRANSFER_PRIOR
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diptych.types import Role
 
 Array: TypeAlias = NDArray[np.float64]
@@ -23,6 +25,8 @@ Slots: TypeAlias = NDArray[np.intp]
 NEAR, FAR = 0, 1
 """Kinds of a pair of workers: on one host, or not. Rows of the link columns."""
 _ROOM = 8
+_FEW = 8
+"""Bits of a set that are looked at one by one."""
 _TIE_REQUEST, _TIE_TURN = 1e-7, 1e-13
 """Seconds that a request, and having been chosen a turn later, count for: less than any real difference."""
 
@@ -42,6 +46,8 @@ class Fleet:
         """Workers of each pool."""
         self.block_size: int | None = None
         """Of all workers; None when they differ."""
+        self.least_step_tokens = np.inf
+        """Of all workers, what was seen in one step."""
         self.shortest_context = np.inf
         """What every worker holds, of prompt and answer."""
         # ---- learned -------------------------------------------------------------------------------
@@ -72,8 +78,8 @@ class Fleet:
         """KV that the rows read in each step."""
         self.beside_seconds = _column()
         """A step as it is now, without a newcomer."""
-        self.room_blocks = _column()
-        """What a newcomer could have now; negative when more is on its way than fits."""
+        self.room_tokens = _column(np.inf)
+        """What a newcomer could have now, in whole blocks; negative when more is on its way than fits."""
         self.tie = _column()
         """Next to nothing: orders equals by requests, then by who was chosen longest ago."""
 
@@ -92,6 +98,20 @@ class Fleet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def spread(self, depths: Sequence[tuple[int, int]]) -> Array:
+        """(tokens, who has exactly so many) as a column."""
+        slots = len(self)
+        tokens = np.zeros(slots)
+        for depth, holders in depths:
+            if holders.bit_count() <= _FEW:
+                while holders:
+                    tokens[holders.bit_length() - 1] = depth
+                    holders &= ~(1 << holders.bit_length() - 1)
+            else:
+                raw = np.frombuffer(holders.to_bytes(-(-slots // 8), "little"), np.uint8)
+                tokens[np.flatnonzero(np.unpackbits(raw, count=slots, bitorder="little"))] = depth
+        return tokens
 
     @property
     def by_host(self) -> tuple[Slots, Slots]:
@@ -129,8 +149,16 @@ class Fleet:
 
     def sum_step(self, slot: int) -> None:
         """After a change of the worker's rows, their context or its rates."""
-        decoding = self.row_seconds[slot] * self.rows[slot] + self.context_seconds[slot] * self.context_tokens[slot]
-        self.beside_seconds[slot] = self.step_seconds[slot] + decoding
+        rows = self.row_seconds.item(slot) * self.rows.item(slot)
+        context = self.context_seconds.item(slot) * self.context_tokens.item(slot)
+        self.beside_seconds[slot] = self.step_seconds.item(slot) + rows + context
+
+    def saw_step(self, slot: int, prompt_tokens: float) -> None:
+        """A step had so many prompt tokens."""
+        known = self.step_tokens.item(slot)
+        if prompt_tokens and (known == np.inf or prompt_tokens > known):
+            self.step_tokens[slot] = prompt_tokens
+            self.least_step_tokens = float(self.step_tokens.min())
 
     def fetching(self, holder: int) -> tuple[Array, Array]:
         """Seconds that each worker needs to get anything from the holder's cache, and per token."""
@@ -151,7 +179,7 @@ class Fleet:
 
     def rank(self, slot: int, turn: int) -> None:
         """Its place among equals, after a change of its requests or after it was chosen."""
-        self.tie[slot] = self.requests[slot] * _TIE_REQUEST + turn * _TIE_TURN
+        self.tie[slot] = self.requests.item(slot) * _TIE_REQUEST + turn * _TIE_TURN
 
     def vacate(self, slot: int) -> None:
         """Nobody is there: as it was at first, and there is such a column."""

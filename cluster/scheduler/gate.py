@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cluster.scheduler.costs import RequestShape, Rule
+    from cluster.scheduler.events import RequestPlaced
     from cluster.scheduler.fleet import Array
-    from cluster.scheduler.view import ClusterView, RequestPlaced, WorkerView
+    from cluster.scheduler.view import ClusterView, WorkerView
     from diptych.types import Load, RequestId, WorkerId
 
 NEVER: Final = float("inf")
@@ -166,8 +167,7 @@ class Gate:
 
     def _has_room(self, tokens: int) -> NDArray[np.bool_]:
         """Blocks for so many tokens, whether some of them are cached or not."""
-        fleet = self._view.fleet
-        return fleet.room_blocks >= np.ceil(tokens / fleet.block_tokens)
+        return self._view.fleet.room_tokens >= tokens
 
     def _grow(self) -> None:
         more = len(self._view.fleet) - len(self._gaps)

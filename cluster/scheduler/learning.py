@@ -18,11 +18,13 @@ from cluster.scheduler.rates import (
     step_features,
     transfer_features,
 )
+from diptych.types import StepSample
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from diptych.types import How, Outcome, Prediction, Report, RequestId, StepSample, TransferSample, WorkerId
+    from cluster.scheduler.view import WorkerView
+    from diptych.types import How, Outcome, Prediction, Report, RequestId, TransferSample, WorkerId
 
 _MOST_EXPECTED = 1 << 16
 """Placements whose outcome is awaited; a front that died never tells."""
@@ -77,9 +79,8 @@ class Learning:
     def _learn_steps(self, worker: WorkerId, samples: tuple[StepSample, ...], *, bounded: bool) -> None:
         slot, device = self._slots[worker]
         kind_moved = self._steps.learn(worker, device, [step_features(one) for one in samples if one.seconds > 0])
-        most, known = max(one.prompt_tokens for one in samples), float(self._fleet.step_tokens[slot])
-        if bounded and most and (known == np.inf or most > known):
-            self._fleet.step_tokens[slot] = most
+        if bounded:
+            self._fleet.saw_step(slot, max(one.prompt_tokens for one in samples))
         for other in self._slots if kind_moved else (worker,):
             if other == worker or other not in self._steps:
                 self._write_steps(other)
@@ -143,3 +144,15 @@ class Learning:
         self._answer_tokens = outcome.tokens if known is None else known + 0.02 * (outcome.tokens - known)
         if outcome.ttft_seconds is not None and (outcome.served is None or outcome.served.how == how):
             self._residuals.setdefault(how, Residual()).learn(outcome.ttft_seconds, ttft_seconds)
+
+
+def implied_step(before: WorkerView, report: Report, at: float) -> StepSample | None:
+    """What a busy worker's steps took between two reports: of workers that don't measure them."""
+    load, old, new = before.load, before.counters, report.counters
+    steps, tokens = new.steps - old.steps, new.prompt_tokens_computed - old.prompt_tokens_computed
+    if report.steps or before.number is None or tokens <= 0 or not load.waiting_tokens or at <= before.heard:
+        return None
+    steps = max(1, steps)
+    rows = (new.decode_rows - old.decode_rows) / steps
+    context = rows * report.load.blocks_held * before.info.layout.block_size / max(1, report.load.running_requests)
+    return StepSample(steps, tokens / steps, 0.0, rows, context, (at - before.heard) / steps)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from cluster.scheduler.costs import Estimate, Policy, RequestShape, Rule, estimate
+from cluster.scheduler.events import RequestPlaced
 from cluster.scheduler.fleet import FAR, NEAR, Array, Fleet
 from cluster.scheduler.rule import compute_cost, decode_cost, harm_cost
-from cluster.scheduler.view import RequestPlaced
 from diptych.errors import NoWorker, PromptTooLong
 from diptych.types import How, Placement, Prediction
 
@@ -136,7 +136,7 @@ def best_way(sides: Sides, fleet: Fleet, policy: Policy) -> Way | None:
 
 def alone(sides: Sides, how: Literal["local", "mixed"], slot: int) -> Way:
     """That worker as a way."""
-    cost = float((sides.local if how == "local" else sides.mixed)[slot]) + sides.late[how]
+    cost = (sides.local if how == "local" else sides.mixed).item(slot) + sides.late[how]
     return Way(cost, how, -1, slot)
 
 
@@ -177,8 +177,8 @@ def _near(sides: Sides, fleet: Fleet, prefill: int) -> Iterator[Way]:
 
 def pair(sides: Sides, hosts: Array, prefill: int, decode: int) -> Way:
     """That pair as a way."""
-    kind = NEAR if hosts[prefill] == hosts[decode] else FAR
-    cost = float(sides.prefill[prefill] + sides.decode[kind, decode]) + sides.late["remote"]
+    kind = NEAR if hosts.item(prefill) == hosts.item(decode) else FAR
+    cost = sides.prefill.item(prefill) + sides.decode.item(kind, decode) + sides.late["remote"]
     return Way(cost, "remote", prefill, decode)
 
 
@@ -187,7 +187,7 @@ def _decision(
 ) -> Decision:
     ids, fleet, computes, decode = view.ids, view.fleet, way.computes, way.decode
     prefill = None if way.prefill < 0 else ids[way.prefill]
-    fetched = 0 if found.fetched_tokens is None else int(found.fetched_tokens[computes])
+    fetched = 0 if found.fetched_tokens is None else int(found.fetched_tokens.item(computes))
     placement = Placement(
         decode=_id(ids, decode),
         prefill=prefill,
@@ -201,9 +201,9 @@ def _decision(
         placement=placement,
         rank=rank,
         granules=shape.granules,
-        tokens=int(found.missing_tokens[computes]) - fetched,
-        seconds=float(found.compute[computes]),
-        blocks=-int(-found.missing_tokens[decode] // fleet.block_tokens[decode]),
+        tokens=int(found.missing_tokens.item(computes)) - fetched,
+        seconds=found.compute.item(computes),
+        blocks=-int(-found.missing_tokens.item(decode) // fleet.block_tokens.item(decode)),
         context_tokens=shape.prompt_tokens + 0.5 * found.answer_tokens,
     )
     return Decision(placement, placed, way, found, sides, ids, fleet.host, how, shape.prompt_tokens)
@@ -218,16 +218,16 @@ def _id(ids: Sequence[WorkerId | None], slot: int) -> WorkerId:
 def _prediction(fleet: Fleet, found: Estimate, way: Way, fetched: int, residual_seconds: float) -> Prediction:
     computes, decode = way.computes, way.decode
     sent = way.prefill >= 0
-    kind = NEAR if fleet.host[computes] == fleet.host[decode] else FAR
-    gap = float(found.transfer[kind, decode]) if sent else 0.0
+    kind = NEAR if fleet.host.item(computes) == fleet.host.item(decode) else FAR
+    gap = found.transfer.item(kind, decode) if sent else 0.0
     if found.room is not None:
-        gap += float(found.room[decode])
+        gap += found.room.item(decode)
     return Prediction(
-        wait_seconds=float(found.wait[computes]),
-        ttft_seconds=max(0.0, float(found.first_token[computes]) + residual_seconds),
-        itl_seconds=float(found.step[decode]) + gap / max(1.0, found.answer_tokens - 1.0),
-        cached_tokens=int(found.reused_tokens[computes]) + fetched,
-        transfer_bytes=int(found.missing_tokens[decode] * fleet.token_bytes[decode]) if sent else 0,
+        wait_seconds=found.wait.item(computes),
+        ttft_seconds=max(0.0, found.first_token.item(computes) + residual_seconds),
+        itl_seconds=found.step.item(decode) + gap / max(1.0, found.answer_tokens - 1.0),
+        cached_tokens=int(found.reused_tokens.item(computes)) + fetched,
+        transfer_bytes=int(found.missing_tokens.item(decode) * fleet.token_bytes.item(decode)) if sent else 0,
     )
 
 

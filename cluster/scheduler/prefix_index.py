@@ -6,7 +6,7 @@ intersects these sets, so it costs the same for two workers as for two thousand.
 
 A run takes part in a step of more than one block only if the prompt has the same names in the same
 order, so holes in a chain (a block evicted before those behind it) and reports in any order are
-answered exactly; they only take more steps.
+answered exactly; they only take more steps, until a prompt has shown which blocks belong together.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _LONGEST_RUN = 128
 """Blocks: what splitting a run may cost."""
+_PIECES = 4
+"""Runs of the same holders, one behind the other in a prompt: so many are made one."""
+_GATHERED = 256
+"""Blocks whose runs one prompt may touch for that."""
 _SHRINK_BELOW = 8
 """Tables are made anew when so many times smaller than they were: Python's only ever grow."""
 
@@ -120,7 +124,7 @@ class PrefixIndex:
         member = self._members[worker]
         match event:
             case Stored(hashes):
-                self._learn(member, hashes if len(hashes) == 1 else tuple(dict.fromkeys(hashes)))
+                self._learn(member, hashes)
             case Evicted(hashes):
                 self._forget(member, hashes)
                 self._shrink()
@@ -149,30 +153,44 @@ class PrefixIndex:
             yield self._workers[lowest.bit_length() - 1]
             holders ^= lowest
 
-    def _descend(self, names: Sequence[BlockHash], holders: int) -> Iterator[tuple[int, int]]:
+    def _descend(self, names: tuple[BlockHash, ...], holders: int) -> Iterator[tuple[int, int]]:
         """(depth, the workers that hold exactly so many leading blocks), without depth 0."""
-        depth = 0
+        depth = begin = pieces = last = 0
+        scattered = -1
+        """Where many runs of the same holders begin."""
         while depth < len(names) and (run := self._runs.get(names[depth])) is not None:
-            deeper = holders & run.holders
-            if depth and deeper != holders:
-                yield depth, holders ^ deeper
-            holders = deeper
-            if not holders:
-                return
+            if run.holders != last:
+                pieces, last = 0, run.holders
+                deeper = holders & last
+                if depth and deeper != holders:
+                    yield depth, holders ^ deeper
+                holders = deeper
+                if not holders:
+                    break
+                begin = depth
+            pieces += 1
+            if pieces == _PIECES and scattered < 0:
+                scattered = begin
             depth += run.shared(names, depth)
-        if depth:
+        if scattered >= 0:
+            self._gather(names, scattered)
+        if holders and depth:
             yield depth, holders
 
     # ---- what changes it -------------------------------------------------------------------------
 
     def _learn(self, member: _Member, names: tuple[BlockHash, ...]) -> None:
-        at = 0
+        at, bit = 0, 1 << member.slot
         while at < len(names):
             run = self._runs.get(names[at])
-            run = self._fresh(names, at) if run is None else self._part(run, names, at)
-            at += len(run.names)
-            if not run.holders >> member.slot & 1:
-                run.holders |= 1 << member.slot
+            if run is None:
+                run, count = self._fresh(names, at)
+            else:
+                run = self._part(run, names, at)
+                count = len(run.names)
+            at += count
+            if not run.holders & bit:
+                run.holders |= bit
                 member.runs.add(run)
         if len(self._runs) > self._most:
             self._most = len(self._runs)
@@ -201,16 +219,43 @@ class PrefixIndex:
             for name in run.names:
                 del self._runs[name]
 
-    def _fresh(self, names: tuple[BlockHash, ...], at: int) -> _Run:
-        """A run of the names from `at` on that nobody has yet."""
-        known, stop = self._runs, at + 1
-        end = min(len(names), at + _LONGEST_RUN)
-        while stop < end and names[stop] not in known:
-            stop += 1
-        run = _Run(names[at:stop])
-        for name in run.names:
-            known[name] = run
-        return run
+    def _gather(self, names: tuple[BlockHash, ...], at: int) -> None:
+        """One run of what a prompt has shown to be in order: blocks that were stored one by one or beside others'.
+
+        Done once for a stretch, by a prompt that had to step through it, and bounded in what it costs that prompt.
+        """
+        stop, touched, holders = at, 0, self._runs[names[at]].holders
+        parts: list[_Run] = []
+        while stop < len(names) and stop - at < _LONGEST_RUN and touched < _GATHERED:
+            run = self._runs.get(names[stop])
+            if run is None or run.holders != holders:
+                break
+            touched += len(run.names)
+            parts.append(self._part(run, names, stop))
+            stop += len(parts[-1].names)
+        whole = parts[0]
+        whole.names, whole.chained = names[at:stop], True
+        members = [self._members[worker] for worker in self.named(holders)]
+        for part in parts[1:]:
+            for name in part.names:
+                self._runs[name] = whole
+            for member in members:
+                member.runs.remove(part)
+
+    def _fresh(self, names: tuple[BlockHash, ...], at: int) -> tuple[_Run, int]:
+        """A run of the names from `at` on that nobody has yet, and how many of them that were, told twice or not."""
+        if at + 1 == len(names):
+            run = self._runs[names[at]] = _Run(names[at:])
+            return run, 1
+        run = _Run(())
+        stop = at + _LONGEST_RUN
+        fresh = dict.fromkeys(names[at:stop], run)
+        if not self._runs.keys().isdisjoint(fresh):
+            stop = next(place for place in range(at + 1, len(names)) if names[place] in self._runs)
+            fresh = dict.fromkeys(names[at:stop], run)
+        run.names = tuple(fresh)
+        self._runs.update(fresh)
+        return run, min(stop, len(names)) - at
 
     def _part(self, run: _Run, names: Sequence[BlockHash], at: int) -> _Run:
         """The stretch of the run that is `names[at:]`'s first, as a run of its own."""

@@ -65,7 +65,7 @@ class Promises:
             found.append((depths[-1], deepest))
         while ends:
             low, more, high, fewer = ends.pop()
-            if more == fewer:
+            if not more & ~fewer:
                 continue
             if high - low == 1:
                 found.append((depths[low], more & ~fewer))

@@ -43,7 +43,7 @@ _PRIOR_WORTH = 0.02
 """Samples that each proportion of the prior counts for."""
 _OUTLIER = 3.0
 """Times the usual error: beyond that an error counts in proportion, not in square."""
-_SWEEPS = 30
+_SWEEPS = 60
 
 
 @dataclass(slots=True)
@@ -87,13 +87,17 @@ class Regression:
             size = self._size()
             matrix = self.matrix + np.diag(_PRIOR_WORTH / (size * self.prior) ** 2)
             moment = self.moment + _PRIOR_WORTH / (size * self.prior)
+            near = size * self.prior
         else:
             worth = _KIND_WORTH / others.samples
             matrix = self.matrix + worth * others.matrix
             # What keeps directions solvable that nobody has taken.
             matrix += np.diag(1e-6 / np.maximum(others.solution, 1e-6 * others.prior) ** 2)
             moment = self.moment + (matrix - self.matrix) @ others.solution
-        self.solution = non_negative(matrix, moment, self.solution)
+            near = others.solution
+        # The descent is slow along valleys: it begins at what is known before a few samples have been seen.
+        start = near if self.samples <= _KIND_WORTH else self.solution
+        self.solution = non_negative(matrix, moment, start)
         self._unsolved = 0
 
     def _size(self) -> float:

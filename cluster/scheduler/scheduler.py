@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING
 from cluster.scheduler.admission import CLASSES, Admission, AdmissionPolicy, ClassCounts, Turn, rank_of
 from cluster.scheduler.charges import Charges
 from cluster.scheduler.costs import Policy, RequestShape
-from cluster.scheduler.explain import kept
-from cluster.scheduler.forecast import LearnedForecast
-from cluster.scheduler.gate import NEVER, Gate
-from cluster.scheduler.placement import Decision, place
-from cluster.scheduler.records import RECORDS, Records
-from cluster.scheduler.view import (
-    ClusterView,
+from cluster.scheduler.events import (
     Reported,
     RequestFinished,
     RoleChanged,
@@ -26,8 +20,13 @@ from cluster.scheduler.view import (
     WorkerDrains,
     WorkerJoined,
     WorkerLeft,
-    WorkerView,
 )
+from cluster.scheduler.explain import kept
+from cluster.scheduler.forecast import LearnedForecast
+from cluster.scheduler.gate import NEVER, Gate
+from cluster.scheduler.placement import Decision, place
+from cluster.scheduler.records import RECORDS, Records
+from cluster.scheduler.view import ClusterView, WorkerView
 from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingError
 from diptych.types import (
     ClusterStatus,

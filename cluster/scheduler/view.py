@@ -7,113 +7,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, assert_never
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from cluster.scheduler.backlog import RANKS, TRANSIT_SECONDS, Backlog
+from cluster.scheduler.events import (
+    Event,
+    Reported,
+    RequestFinished,
+    RequestPlaced,
+    RoleChanged,
+    TimePassed,
+    WorkerDrains,
+    WorkerJoined,
+    WorkerLeft,
+)
 from cluster.scheduler.fleet import Fleet
-from cluster.scheduler.learning import Learning
+from cluster.scheduler.learning import Learning, implied_step
 from cluster.scheduler.prefix_index import PrefixIndex
 from cluster.scheduler.promises import Promises
 from diptych.hashing import GRANULE
-from diptych.types import Cleared, Counters, Load, Outcome, Placement, Report, Role, StepSample, WorkerId, WorkerInfo
+from diptych.types import Cleared, Counters, Load, Report, Role, WorkerId, WorkerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cluster.scheduler.fleet import Array
-    from diptych.types import BlockHash, RequestId
-
-
-_FEW = 8
-"""Bits that are written one by one."""
-
-
-# ---- events ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerJoined:
-    """`at` is monotonic seconds, here and below."""
-
-    info: WorkerInfo
-    at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLeft:
-    """That incarnation of the worker is gone, by its own word or by its pool's."""
-
-    worker: WorkerId
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerDrains:
-    """It gets nothing new; its cache can still be borrowed from."""
-
-    worker: WorkerId
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleChanged:
-    """What it gets from now on; what it has it keeps."""
-
-    worker: WorkerId
-    epoch: int
-    role: Role
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reported:
-    """A worker's report arrived."""
-
-    report: Report
-    at: float
-
-
-class RequestPlaced(NamedTuple):
-    """A decision of ours, counted against its workers until their reports show it."""
-
-    at: float
-    request: RequestId
-    placement: Placement
-    rank: int
-    granules: tuple[BlockHash, ...]
-    tokens: int
-    """To compute."""
-    seconds: float
-    """To compute them."""
-    blocks: int
-    """Of the prompt, that the decode worker lacks."""
-    context_tokens: float
-    """What decoding will read in each step, on average."""
-
-    @property
-    def computes(self) -> WorkerId:
-        """Who computes the prompt."""
-        return self.placement.prefill or self.placement.decode
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestFinished:
-    """A front told how it went."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimePassed:
-    """It is now `at`: who was silent for too long is stale."""
-
-    at: float
-
-
-Event: TypeAlias = (
-    WorkerJoined | WorkerLeft | WorkerDrains | RoleChanged | Reported | RequestPlaced | RequestFinished | TimePassed
-)
+    from diptych.types import BlockHash
 
 
 # ---- the view ----------------------------------------------------------------------------------
@@ -206,7 +125,7 @@ class ClusterView:
 
     def held_tokens(self, granules: Sequence[BlockHash]) -> Array:
         """As `longest_prefix`, by slot."""
-        return _by_slot(self._index.depths(granules), len(self.fleet))
+        return self.fleet.spread(self._index.depths(granules))
 
     def promised_tokens(self, granules: Sequence[BlockHash], at: float) -> Array | None:
         """What each worker will hold of it when it has done what was placed there; None where that is nothing."""
@@ -215,7 +134,7 @@ class ClusterView:
             return None
         fleet = self.fleet
         whole = fleet.block_size or GRANULE
-        tokens = _by_slot([(depth * GRANULE // whole * whole, holders) for depth, holders in depths], len(fleet))
+        tokens = fleet.spread([(depth * GRANULE // whole * whole, holders) for depth, holders in depths])
         return tokens if fleet.block_size else tokens - tokens % fleet.block_tokens
 
     def apply(self, event: Event) -> None:
@@ -284,7 +203,7 @@ class ClusterView:
         fleet.token_bytes[slot] = info.layout.block_bytes * info.layout.shards / info.layout.block_size
         fleet.most_tokens[slot] = info.max_context
         fleet.settle(slot, self._hosts[info.id])
-        fleet.room_blocks[slot] = info.blocks
+        fleet.room_tokens[slot] = info.blocks * info.layout.block_size
         fleet.open(slot, info.role, placeable=True, alive=True)
         self.learning.join(info.id, slot, info.device)
 
@@ -333,7 +252,7 @@ class ClusterView:
                 if isinstance(event, Cleared):
                     self._promises.revoke(1 << worker.slot)
                 self._index.apply(report.worker, event)
-        self.learning.reported(report, self._hosts, _implied_step(worker, report, at))
+        self.learning.reported(report, self._hosts, implied_step(worker, report, at))
         self._count(self._workers[report.worker], at)
 
     def _count(self, worker: WorkerView, at: float) -> None:
@@ -345,14 +264,15 @@ class ClusterView:
         alone = max(load.waiting_requests, len(coming))
         fleet.requests[slot] = load.running_requests + alone
         fleet.rank(slot, self._turns[slot])
-        fleet.room_blocks[slot] = load.blocks_free + load.blocks_cached - max(0, blocks - load.blocks_granted)
+        room = load.blocks_free + load.blocks_cached - max(0, blocks - load.blocks_granted)
+        fleet.room_tokens[slot] = room * info.layout.block_size
         if info.role != "prefill":
             held = load.blocks_held * info.layout.block_size
             fleet.rows[slot] = load.running_requests + alone
             fleet.context_tokens[slot] = held + sum(one.context_tokens for one in coming)
             fleet.sum_step(slot)
-        per_token = float(fleet.token_seconds[slot])
-        for rank, seconds in enumerate(self._backlogs[slot].reported(at, load.waiting_tokens, per_token)):
+        left = self._backlogs[slot].reported(at, load.waiting_tokens, fleet.token_seconds.item(slot))
+        for rank, seconds in enumerate(left):
             fleet.idle_at[rank, slot] = at + seconds
 
     # ---- requests --------------------------------------------------------------------------------
@@ -362,22 +282,21 @@ class ClusterView:
         placement, fleet, at = event.placement, self.fleet, event.at
         assert placement.predicted is not None, "a placement without a prediction"
         first_at = at + placement.predicted.ttft_seconds
-        computes, decodes = (
-            self._workers[placement.prefill or placement.decode].slot,
-            self._workers[placement.decode].slot,
-        )
+        decodes = self._workers[placement.decode].slot
+        computes = decodes if placement.prefill is None else self._workers[placement.prefill].slot
         self._backlogs[computes].place(at, event.rank, event.tokens, event.seconds)
         for rank in range(event.rank, RANKS):
-            fleet.idle_at[rank, computes] = max(float(fleet.idle_at[rank, computes]), at) + event.seconds
+            fleet.idle_at[rank, computes] = max(fleet.idle_at.item(rank, computes), at) + event.seconds
         if computes != decodes:
-            fleet.requests[computes] += 1.0
+            fleet.requests[computes] = fleet.requests.item(computes) + 1.0
             self._choose(computes)
         shown_at = TRANSIT_SECONDS + (at if computes == decodes else first_at)
         self._coming[decodes].append(_Coming(shown_at, event.blocks, event.context_tokens))
-        fleet.requests[decodes] += 1.0
-        fleet.rows[decodes] += 1.0
-        fleet.context_tokens[decodes] += event.context_tokens
-        fleet.room_blocks[decodes] -= event.blocks
+        fleet.requests[decodes] = fleet.requests.item(decodes) + 1.0
+        fleet.rows[decodes] = fleet.rows.item(decodes) + 1.0
+        fleet.context_tokens[decodes] = fleet.context_tokens.item(decodes) + event.context_tokens
+        taken = event.blocks * fleet.block_tokens.item(decodes)
+        fleet.room_tokens[decodes] = fleet.room_tokens.item(decodes) - taken
         fleet.sum_step(decodes)
         self._choose(decodes)
         # Until it is cached, and as long again: the truth takes its place when it is reported.
@@ -401,29 +320,3 @@ class ClusterView:
             if stale and not worker.stale:
                 self._reopen(replace(worker, stale=stale))
         self._look_at = oldest + self._stale_seconds
-
-
-def _implied_step(before: WorkerView, report: Report, at: float) -> StepSample | None:
-    """What a busy worker's steps took between two reports: of workers that don't measure them."""
-    load, old, new = before.load, before.counters, report.counters
-    steps, tokens = new.steps - old.steps, new.prompt_tokens_computed - old.prompt_tokens_computed
-    if report.steps or before.number is None or tokens <= 0 or not load.waiting_tokens or at <= before.heard:
-        return None
-    steps = max(1, steps)
-    rows = (new.decode_rows - old.decode_rows) / steps
-    context = rows * report.load.blocks_held * before.info.layout.block_size / max(1, report.load.running_requests)
-    return StepSample(steps, tokens / steps, 0.0, rows, context, (at - before.heard) / steps)
-
-
-def _by_slot(depths: Sequence[tuple[int, int]], slots: int) -> Array:
-    """(tokens, who has exactly so many) as a column."""
-    tokens = np.zeros(slots)
-    for depth, holders in depths:
-        if holders.bit_count() <= _FEW:
-            while holders:
-                tokens[holders.bit_length() - 1] = depth
-                holders &= ~(1 << holders.bit_length() - 1)
-        else:
-            raw = np.frombuffer(holders.to_bytes(-(-slots // 8), "little"), np.uint8)
-            tokens[np.flatnonzero(np.unpackbits(raw, count=slots, bitorder="little"))] = depth
-    return tokens

@@ -6,7 +6,7 @@ Knows the life of a request from the front's side; not how a worker computes or 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from cluster.simulate.clock import Clock
 from cluster.simulate.fleet import worker_info
 from cluster.simulate.hand_off import Borrowing, HandOff, Wires
 from cluster.simulate.links import Links
+from cluster.simulate.run import Kill, Look, Run
 from cluster.simulate.worker import VirtualWorker
 from diptych.errors import ServingError
 from diptych.types import Outcome, Placement, RequestId, WorkerId
@@ -27,39 +28,6 @@ if TYPE_CHECKING:
     from cluster.simulate.policy import Policy
     from cluster.simulate.trace import Trace
     from diptych.types import Report, WorkerInfo
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kill:
-    """A worker dies at `at` and is back, empty, `absent_seconds` later."""
-
-    worker: WorkerId
-    at: float
-    absent_seconds: float = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The workers at one moment."""
-
-    at: float
-    running: tuple[int, ...]
-    """Sequences in each worker's batch, in the order of the workers."""
-    waiting_tokens: tuple[int, ...]
-    """Prompt tokens each one has still to compute."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What came of a simulation."""
-
-    asked: tuple[Asked, ...]
-    workers: tuple[WorkerInfo, ...]
-    tokens_emitted: tuple[int, ...]
-    """By each worker, in the order of `workers`."""
-    looks: tuple[Look, ...]
-    seconds: float
-    """Virtual, until the last request ended."""
 
 
 _LOOKS = 240

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.simulate.baselines import BASELINES
-from cluster.simulate.cluster import Kill, VirtualCluster
+from cluster.simulate.cluster import VirtualCluster
 from cluster.simulate.ours import Ours
 from cluster.simulate.prefill_only import Placed, bound, place_all
+from cluster.simulate.run import Kill
 from cluster.simulate.summary import Summary, is_good, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from cluster.simulate.asked import Asked
-    from cluster.simulate.cluster import Run
     from cluster.simulate.constants import Constants
     from cluster.simulate.policy import Maker
+    from cluster.simulate.run import Run
     from cluster.simulate.trace import Trace
 
 POLICIES: dict[str, Maker] = {**{each.name: each for each in BASELINES}, Ours.name: Ours}
@@ -136,5 +137,9 @@ def placements(
     """Each policy in placement alone, then the bound."""
     for name in names:
         tell(f"{name} places")
-        yield place_all(trace, constants, Ours(queues=False) if name == Ours.name else POLICIES[name]())
+        if name != Ours.name:
+            yield place_all(trace, constants, POLICIES[name]())
+            continue
+        for eviction in ("lru", "reuse"):
+            yield place_all(trace, constants, Ours(queues=False), eviction)
     yield bound(trace, constants, POLICIES["round_robin"]())

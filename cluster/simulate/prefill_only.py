@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cluster.simulate.constants import Constants, Placement
     from cluster.simulate.policy import Policy
     from cluster.simulate.trace import Trace, TraceRequest
-    from diptych.types import BlockHash, WorkerInfo
+    from diptych.types import BlockHash, Eviction, WorkerInfo
 
 _NEVER_SECONDS = 3600.0
 
@@ -45,9 +45,9 @@ class Placed:
 class Instance:
     """One queue over one pool."""
 
-    def __init__(self, info: WorkerInfo, peer: WorkerId, tokens_per_second: float) -> None:
+    def __init__(self, info: WorkerInfo, peer: WorkerId, tokens_per_second: float, eviction: Eviction) -> None:
         self.info = info
-        self.pool = BlockPool(info.blocks)
+        self.pool = BlockPool(info.blocks, eviction=eviction)
         self.queued_tokens = 0.0
         self.work = 0
         self._rate = tokens_per_second
@@ -100,13 +100,13 @@ class Instance:
         )
 
 
-def place_all(trace: Trace, constants: Constants, policy: Policy) -> Placed:
+def place_all(trace: Trace, constants: Constants, policy: Policy, eviction: Eviction = "lru") -> Placed:
     """The whole trace, as recorded: placement has no use for more speed."""
     placement = constants.placement
     room = constants.model_copy(update={"kv_tokens_per_worker": placement.blocks * trace.block_tokens})
     ids = [WorkerId(f"mixed-{each}") for each in range(placement.instances)]
     instances = [
-        Instance(make_info(one, "mixed", room, trace.block_tokens), other, placement.tokens_per_second)
+        Instance(make_info(one, "mixed", room, trace.block_tokens), other, placement.tokens_per_second, eviction)
         for one, other in zip(ids, (*ids[1:], ids[0]), strict=True)
     ]
     for instance in instances:
@@ -136,7 +136,7 @@ def place_all(trace: Trace, constants: Constants, policy: Policy) -> Placed:
     work = [instance.work for instance in instances]
     delays.sort()
     return Placed(
-        policy=policy.name,
+        policy=policy.name if eviction == "lru" else f"{policy.name} + {eviction}",
         weights=policy.weights,
         hit_rate=hits / sum(len(one.blocks) for one in trace.requests),
         imbalance=max(work) * len(work) / sum(work),

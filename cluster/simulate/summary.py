@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cluster.simulate.asked import Asked
-    from cluster.simulate.cluster import Run
     from cluster.simulate.constants import Slo
+    from cluster.simulate.run import Run
     from diptych.types import Role
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cluster.simulate.compare import Result
+    from cluster.simulate.plan import Plan
     from cluster.simulate.prefill_only import Placed
 
 _COLUMNS = (
@@ -73,6 +74,45 @@ def result_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             **asdict(result.summary),
         }
         for result in results
+    ]
+
+
+def plan_table(plans: Sequence[Plan]) -> Table:
+    """For each speed the pools that keep the SLO, and what one worker less makes of it."""
+    table = Table(box=None, pad_edge=False)
+    columns = ("requests/s", "speed", "prefill", "decode", "", "good %", "late %", "slow %", "TTFT p99 s", "ITL p99 ms")
+    for name in columns:
+        table.add_column(name, justify="left" if not name else "right")
+    for one in plans:
+        for pools, result in ((one.pools, one.result), *one.smaller):
+            good = result.summary
+            table.add_row(
+                f"{len(result.run.asked) / max(1e-9, result.run.asked[-1].arrival):.1f}",
+                f"{one.speed:.4g}",
+                str(pools.prefill),
+                str(pools.decode),
+                "keeps the SLO" if pools == one.pools else "one less",
+                f"{100 * good.goodput:.1f}",
+                f"{100 * good.ttft_missed:.1f}",
+                f"{100 * good.itl_missed:.1f}",
+                f"{good.ttft_p99:.2f}",
+                f"{1000 * good.itl_p99:.1f}",
+            )
+    return table
+
+
+def plan_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """As the table, in SI units."""
+    return [
+        {
+            "speed": one.speed,
+            "prefill": pools.prefill,
+            "decode": pools.decode,
+            "chosen": pools == one.pools,
+            **asdict(result.summary),
+        }
+        for one in plans
+        for pools, result in ((one.pools, one.result), *one.smaller)
     ]
 
 

@@ -114,7 +114,7 @@ class Decoder:
         ends: DecoderEnds,
         threads: int,
     ) -> None:
-        self._library = library
+        self._library, self._decoder = library, ctypes.c_void_p()
         self._vocabulary = shape.vocabulary
         self._kept: list[Tensor] = []
         library.diptych_decoder.restype = ctypes.c_void_p

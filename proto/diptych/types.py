@@ -31,6 +31,8 @@ WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4"]
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""
+Eviction: TypeAlias = Literal["reuse", "lru"]
+"""`kv.eviction`."""
 Verify: TypeAlias = Literal["off", "sample", "all"]
 
 
@@ -591,6 +593,7 @@ class WorkerSpec:
     cache: str
     """Folder for converted weights; empty for none."""
     weights: WeightFormat = "auto"
+    eviction: Eviction = "lru"
 
 
 # ---- what is done to a running cluster --------------------------------------------------------------

@@ -23,6 +23,10 @@ class BlockNames:
         """Whether the block has content that can be found."""
         return self._names[block] is not None
 
+    def name_of(self, block: BlockId) -> BlockHash | None:
+        """None while its content can't be found."""
+        return self._names[block]
+
     def leading(self, names: Sequence[BlockHash]) -> list[BlockId]:
         """The blocks of the leading names that are here."""
         blocks: list[BlockId] = []

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from diptych.types import BlockId
 from workers.engine.block_names import BlockNames
-from workers.engine.eviction import EvictionOrder
+from workers.engine.eviction import make_order
 
 if TYPE_CHECKING:
     from collections.abc import MutableSequence, Sequence
 
-    from diptych.types import BlockHash, KvEvent
+    from diptych.types import BlockHash, Eviction, KvEvent
 
 Kind: TypeAlias = Literal["sequence", "ticket", "lease"]
 _KINDS: tuple[Kind, ...] = ("sequence", "ticket", "lease")
@@ -45,11 +45,11 @@ class BlockPool:
     An owner is a name (of a request, ticket or lease) and exists while it holds blocks.
     """
 
-    def __init__(self, size: int, generations: MutableSequence[int] | None = None) -> None:
+    def __init__(self, size: int, generations: MutableSequence[int] | None = None, eviction: Eviction = "lru") -> None:
         """`generations`: where others can see them; `size` zeros."""
         self._size = size
         self._free = [BlockId(block) for block in reversed(range(size))]
-        self._cached = EvictionOrder()
+        self._cached = make_order(eviction, size)
         self._owners: dict[str, _Owner] = {}
         self._refs: dict[Kind, list[int]] = {kind: [0] * size for kind in _KINDS}
         self._in_use: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
@@ -98,7 +98,7 @@ class BlockPool:
     def take(self, count: int, owner: str) -> list[BlockId] | None:
         """`count` blocks for new content, or None and no change when there are too few.
 
-        A new owner is a sequence. Evicts what was unused for longest, leaves first.
+        A new owner is a sequence. Evicts in the order of `eviction`, leaves first.
         """
         return self._take(count, owner, "sequence")
 
@@ -139,7 +139,10 @@ class BlockPool:
         """The block's content is complete. False: another block has that name, this one stays anonymous."""
         assert block in self._owners[owner].blocks, f"{owner} does not hold block {block}"
         assert self._owners[owner].kind != "ticket", f"{owner} is not committed: block {block} has no content"
-        return self._names.give(block, name)
+        if not self._names.give(block, name):
+            return False
+        self._cached.named(block, name)
+        return True
 
     # ---- owners -------------------------------------------------------------------------------
 
@@ -148,16 +151,15 @@ class BlockPool:
         state = self._owners.pop(owner, None)
         if state is None:
             return 0
-        for block in reversed(state.blocks):
-            self._drop(block, state.kind)
+        self._drop_all(list(state.blocks), state.kind)
         return len(state.blocks)
 
     def release_blocks(self, blocks: Sequence[BlockId], owner: str) -> None:
         """The owner lets go of these, given in chain order."""
         state = self._owners[owner]
-        for block in reversed(blocks):
+        for block in blocks:
             del state.blocks[block]
-            self._drop(block, state.kind)
+        self._drop_all(blocks, state.kind)
         if not state.blocks:
             del self._owners[owner]
 
@@ -218,11 +220,12 @@ class BlockPool:
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._generations[block] += 1
+            self._cached.taken(block)
             self._hold(block, owner, kind)
         return blocks
 
     def _evict(self) -> BlockId:
-        block = self._cached.pop()
+        block = self._cached.pop(self._names.name_of)
         self._names.forget(block)
         return block
 
@@ -236,13 +239,20 @@ class BlockPool:
         self._refs[state.kind][block] += 1
         self._count(block, +1)
 
-    def _drop(self, block: BlockId, kind: Kind) -> None:
+    def _drop_all(self, chain: Sequence[BlockId], kind: Kind) -> None:
+        """Leaf first."""
+        for place in reversed(range(len(chain))):
+            # An anonymous block has a twin whose name it couldn't get; nothing is known to hang from it.
+            parent = chain[place - 1] if place and self._names.is_named(chain[place - 1]) else None
+            self._drop(chain[place], kind, parent, is_end=place == len(chain) - 1)
+
+    def _drop(self, block: BlockId, kind: Kind, parent: BlockId | None, *, is_end: bool) -> None:
         self._count(block, -1)
         self._refs[kind][block] -= 1
         if self._place(block) is not None:
             self._count(block, +1)
         elif self._names.is_named(block):
-            self._cached.push(block)
+            self._cached.push(block, parent, is_end=is_end)
         else:
             self._free.append(block)
 
@@ -271,5 +281,6 @@ class BlockPool:
         for kind in _KINDS:
             assert self._in_use[kind] == sum(self._place(block) == kind for block in used), f"{kind} miscounted"
         self._names.check()
+        self._cached.check()
         assert all(self._names.is_named(block) for block in self._cached), "a cached block has no name"
         assert not any(self._names.is_named(block) for block in self._free), "a free block has a name"

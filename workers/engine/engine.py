@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import kernels
 from diptych.errors import Internal, ServingError
-from diptych.types import BlockId, Counters, KvLayout, KvLeg, KvSource, Load, ModelDtype, Wire
+from diptych.types import BlockId, Counters, Eviction, KvLayout, KvLeg, KvSource, Load, ModelDtype, Wire
 from workers.engine.batch import Batch, ForwardPass
 from workers.engine.batching import Batcher, StepPlan, Work
 from workers.engine.blocks import BlockPool
@@ -35,6 +35,7 @@ class EngineLimits:
     max_batch_tokens: int
     max_running: int
     max_context: int
+    eviction: Eviction = "lru"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ class Engine:
         self.limits = limits
         memory = memory or private_memory(self.layout, limits.blocks, device)
         self.arena = memory.arena
-        self.pool = BlockPool(limits.blocks, memory.generations)
+        self.pool = BlockPool(limits.blocks, memory.generations, limits.eviction)
         self.batcher = Batcher(
             self.pool,
             block_size=limits.block_size,

@@ -11,7 +11,7 @@ from kernels.cpu.library import NoLibrary, load_library
 from workers.engine.batch import ForwardPass
 from workers.engine.model import Model
 from workers.engine.native_model import NativeModel, can_run
-from workers.engine.packed_weights import PackedWeights, kept_file, pack_weights
+from workers.engine.packed_weights import NoRoom, PackedWeights, kept_file, pack_weights
 from workers.engine.weights import Weights, load_weights
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_model(
     if not reason:
         try:
             return _native(weights, source, form, cache, threads)
-        except NoLibrary as error:
+        except (NoLibrary, NoRoom) as error:
             reason = str(error)
     model = Model(weights, max_context=weights.config.context, device=device)
     return Loaded(model, f"torch on {device.type}, {dtype} ({reason})")

@@ -40,7 +40,8 @@ class NativeModel:
         taken = _Taken(weights, packed, [rope_table(rope, max_context, config.head_dim) for rope in ropes])
         layers = [taken.layer(index) for index in range(config.layers)]
         ends = DecoderEnds(
-            embedding=weights.tensors["model.embed_tokens.weight"],
+            # A copy: as a part of all the weights it would keep all of them.
+            embedding=weights.tensors["model.embed_tokens.weight"].clone(),
             norm=taken.norm("model.norm.weight"),
             head=BiasedPanels(packed["head"], None),
         )

@@ -26,6 +26,7 @@ from diptych.types import WeightFormat
 from kernels.cpu import panels
 from kernels.cpu.panels import PANEL_OF, Panels, RowFormat, Rows, panel_bytes, rows_of
 from workers.engine.layout import STACKED
+from workers.engine.model_memory import available_bytes
 from workers.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _MAKERS = (Path(__file__), Path(panels.__file__), Path(panels.__file__).parent /
 _ALIGNMENT = 64
 
 
+class NoRoom(Exception):
+    """Neither the disk nor the memory has room for panels; the message says how much was wanted."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Product:
     """What a product's panels are made of: parts whose columns follow one another, or alternate."""
@@ -48,7 +53,7 @@ class _Product:
 
 
 def pack_weights(library: ctypes.CDLL, weights: Weights, form: WeightFormat, kept: Path | None) -> PackedWeights:
-    """From the file `kept_file` names, or into it. Where it can't be written they lie in memory."""
+    """From the file `kept_file` names, or into it. Where it can't be written they lie in memory. Raises NoRoom."""
     if kept and (found := _load(kept)):
         return found
     stored = weights.quantised() if form != "bf16" else {}
@@ -74,6 +79,8 @@ def pack_weights(library: ctypes.CDLL, weights: Weights, form: WeightFormat, kep
     size = sum(panel_bytes(PANEL_OF[form_of], inputs, columns) for form_of, inputs, columns in shapes.values())
     if kept and _keep(kept, shapes, size, fill) and (found := _load(kept)):
         return found
+    if size > (room := available_bytes(torch.device("cpu"))):
+        raise NoRoom(f"a second copy of the weights needs {size >> 20} MiB, {room >> 20} are left")
     return fill(torch.empty(size, dtype=torch.uint8))
 
 

@@ -6,7 +6,7 @@ from cluster.pools.watch import Deaths
 
 
 def test_who_dies_again_and_again_is_given_up() -> None:
-    deaths = Deaths()
+    deaths = Deaths(5)
     for second in range(5):
         deaths.add(float(second))
         assert not deaths.too_many
@@ -16,7 +16,7 @@ def test_who_dies_again_and_again_is_given_up() -> None:
 
 
 def test_a_death_now_and_then_is_forgotten() -> None:
-    deaths = Deaths()
+    deaths = Deaths(5)
     for hour in range(100):
         deaths.add(hour * 3600.0)
     assert not deaths.too_many

@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.scheduler.view import ClusterView, Reported, RoleChanged, TimePassed, WorkerDrains, WorkerJoined
+from cluster.scheduler.events import (
+    Reported,
+    RoleChanged,
+    TimePassed,
+    WorkerDrains,
+    WorkerJoined,
+)
+from cluster.scheduler.view import ClusterView
 from diptych.hashing import granule_hashes
 from diptych.types import BlockHash, Counters, Load, Report, Stored, WorkerId, WorkerInfo
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from cluster.scheduler.costs import Policy, RequestShape
+from cluster.scheduler.events import Reported, RequestFinished, TimePassed, WorkerJoined
 from cluster.scheduler.explain import brief, candidates, reason
 from cluster.scheduler.placement import alone, pair, place
 from cluster.scheduler.rates import STEP_PRIOR, TRANSFER_PRIOR
-from cluster.scheduler.view import ClusterView, Reported, RequestFinished, TimePassed, WorkerJoined
+from cluster.scheduler.view import ClusterView
 from diptych.errors import NoWorker, PromptTooLong
 from diptych.types import (
     BlockHash,

@@ -13,7 +13,9 @@ from diptych.types import BlockHash, Cleared, Evicted, Stored, WorkerId
 
 A, B, C = (WorkerId(name) for name in "abc")
 SIZES = {A: 16, B: 16, C: 32}
-CHAINS = [tuple(BlockHash(text[: end + 1].encode()) for end in range(4)) for text in ("aaaa", "aabb", "abcd")]
+CHAINS = [
+    tuple(BlockHash(text[: end + 1].encode()) for end in range(len(text))) for text in ("aaaaaaaa", "aaaabbbb", "abcd")
+]
 ALL = sorted({name for chain in CHAINS for name in chain})
 
 workers = st.sampled_from([A, B, C])
@@ -76,7 +78,7 @@ class AgainstDictOfSets(RuleBasedStateMachine):
 
 
 TestAgainstDictOfSets = AgainstDictOfSets.TestCase
-TestAgainstDictOfSets.settings = settings(max_examples=500, stateful_step_count=15, deadline=None)
+TestAgainstDictOfSets.settings = settings(max_examples=300, stateful_step_count=15, deadline=None)
 
 
 def test_a_hit_ends_at_the_first_block_a_worker_lacks() -> None:
@@ -135,6 +137,20 @@ def test_following_a_chain_looks_up_no_block_twice_however_many_workers_hold_it(
     counted = [CountedName(name) for name in chain]
     assert len(index.longest_prefix([BlockHash(name) for name in counted])) == workers
     assert sum(name.looked_up for name in counted) <= 3, "a step for each stretch that is stored alike"
+
+
+def test_blocks_that_came_one_by_one_are_found_in_one_step_once_a_prompt_had_them_in_a_row() -> None:
+    index = PrefixIndex()
+    mixed = [granules("abcdefgh"), granules("stuvwxyz")]
+    for worker in (A, B):
+        index.add(worker, 16)
+        for both in zip(*mixed, strict=True):
+            index.apply(worker, Stored(both))
+    assert index.longest_prefix(mixed[0]) == {A: 128, B: 128}
+    index.check()
+    counted = [CountedName(name) for name in mixed[0]]
+    assert index.longest_prefix([BlockHash(name) for name in counted]) == {A: 128, B: 128}
+    assert sum(name.looked_up for name in counted) == 1
 
 
 def test_chains_that_part_inside_what_was_stored_at_once_are_told_apart() -> None:

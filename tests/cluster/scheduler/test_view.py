@@ -8,8 +8,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from cluster.scheduler.events import (
+    Reported,
+    RequestPlaced,
+    TimePassed,
+    WorkerJoined,
+    WorkerLeft,
+)
 from cluster.scheduler.rates import STEP_PRIOR
-from cluster.scheduler.view import ClusterView, Reported, RequestPlaced, TimePassed, WorkerJoined, WorkerLeft
+from cluster.scheduler.view import ClusterView
 from diptych.types import (
     BlockHash,
     Counters,
@@ -161,7 +168,7 @@ def test_the_departure_of_a_former_life_does_not_end_this_one(
 def counted(view: ClusterView) -> tuple[float, float, float]:
     """When it has computed what waits, its requests, and its room in blocks."""
     slot, fleet = view.workers[W].slot, view.fleet
-    return float(fleet.idle_at[1, slot]), float(fleet.requests[slot]), float(fleet.room_blocks[slot])
+    return float(fleet.idle_at[1, slot]), float(fleet.requests[slot]), float(fleet.room_tokens[slot]) / 16
 
 
 def test_what_was_placed_counts_until_a_report_can_have_seen_it(view: ClusterView) -> None:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.simulate.cluster import Kill, VirtualCluster
+from cluster.simulate.cluster import VirtualCluster
 from cluster.simulate.compare import POLICIES
 from cluster.simulate.constants import Constants, Workers
 from cluster.simulate.readers import read_trace
+from cluster.simulate.run import Kill
 from cluster.simulate.summary import summarise
 from diptych.types import WorkerId
 
 if TYPE_CHECKING:
-    from cluster.simulate.cluster import Run
+    from cluster.simulate.run import Run
     from cluster.simulate.trace import Trace
 
 KILLS = (Kill(worker=WorkerId("decode-0"), at=3.0), Kill(worker=WorkerId("prefill-1"), at=5.0, absent_seconds=1.0))

@@ -147,7 +147,9 @@ def hall(cluster: Start) -> Iterator[Hall]:
         "engine.max_batch_tokens=32",
     )
     settings = [
-        part for key in (*keys, f"kv.lease_seconds={LEASE_SECONDS}", "kv.memory=16MiB") for part in ("--set", key)
+        part
+        for key in (*keys, f"kv.lease_seconds={LEASE_SECONDS}", "kv.memory=16MiB", "cluster.max_deaths=1000")
+        for part in ("--set", key)
     ]
     with cluster("--model", "random:tiny", "--prefill", "2", "--decode", "2", "--fronts", "2", *settings) as running:
         assert running.process.stdout is not None

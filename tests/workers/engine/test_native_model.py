@@ -185,6 +185,18 @@ def test_a_machine_without_a_compiler_computes_with_torch(
     assert "torch on cpu, bf16 (" in loaded.how
 
 
+def test_a_machine_without_room_for_panels_computes_with_torch(
+    monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, peer: Any, tmp_path: Path
+) -> None:
+    peer(wide_config("llama, grouped heads"))
+    monkeypatch.setattr("workers.engine.loading.load_library", lambda _: library)
+    monkeypatch.setattr("workers.engine.packed_weights.available_bytes", lambda _: 1000)
+    source, cpu = ModelSource(name="m", path=str(tmp_path), digest="0" * 64), torch.device("cpu")
+    loaded = load_model(source, "bf16", "auto", cache=None, device=cpu, threads=1)
+    assert isinstance(loaded.model, Model)
+    assert "second copy of the weights" in loaded.how
+
+
 def test_fp32_and_odd_sizes_are_torchs(peer: Any, tmp_path: Path) -> None:
     peer(config_of("llama, grouped heads"))
     source, cpu = ModelSource(name="m", path=str(tmp_path), digest="0" * 64), torch.device("cpu")

@@ -1,0 +1,101 @@
+"""What each way to compute and each weight format costs in quality: perplexity on a fixed text, choices beside fp32's.
+
+PYTHONPATH=.:proto python -m tests.bench.quality
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cluster.front.tokenizer import TextModel
+from cluster.models.cache import cache_folder
+from cluster.models.naming import resolve
+from diptych.types import ModelSource, WeightFormat
+from kernels import Segment
+from kernels.cpu.library import load_library
+from tests.bench.results import Figure, figure, report
+from tests.e2e.exact.test_wire import TEXT
+from workers.engine.batch import Batch, ForwardPass
+from workers.engine.model import Model
+from workers.engine.native_model import NativeModel
+from workers.engine.packed_weights import pack_weights
+from workers.engine.weights import Weights, load_weights
+
+CPU = torch.device("cpu")
+FORMATS: tuple[WeightFormat, ...] = ("bf16", "int8", "int4")
+
+
+class Way(NamedTuple):
+    """One way to compute the model."""
+
+    name: str
+    model: ForwardPass
+    kv: torch.dtype
+
+
+def ways(source: ModelSource) -> Iterator[Way]:
+    """fp32 first, which the others are held to."""
+    cache = cache_folder() / "weights"
+    exact = load_weights(source, "fp32", cache=cache)
+    context = exact.config.context
+    yield Way("torch, fp32", Model(exact, max_context=context, device=CPU), torch.float32)
+    weights = load_weights(source, "bf16", cache=cache)
+    yield Way("torch, bf16", Model(weights, max_context=context, device=CPU), torch.bfloat16)
+    library = load_library(cache)
+
+    def native(name: str, of: Weights, form: WeightFormat) -> Way:
+        packed = pack_weights(library, of, form, None)
+        return Way(name, NativeModel(library, of, packed, max_context=context, threads=1), torch.bfloat16)
+
+    yield native("C++, the file's own bits", weights, "auto")
+    # As if the file had bf16 only.
+    plain = replace(weights, quantised=dict)
+    for form in FORMATS:
+        yield native(f"C++, {form} from bf16", plain, form)
+
+
+def said(way: Way, tokens: list[int]) -> Tensor:
+    """Every position's logits: [tokens, vocabulary]"""
+    config, blocks = way.model.config, range(-(-len(tokens) // 256) * 16)
+    arena = torch.zeros((len(blocks), config.layers, 2, config.kv_heads, 16, config.head_dim), dtype=way.kv)
+    batch = Batch(tokens=tokens, segments=[Segment(0, len(tokens), blocks)], decode_rows=0, wanted=range(len(tokens)))
+    return way.model.forward(batch, arena).values
+
+
+def figures(way: Way, logits: Tensor, exact: Tensor, tokens: list[int]) -> Iterator[Figure]:
+    of_next, said_exactly = logits[:-1].log_softmax(-1), exact[:-1].log_softmax(-1)
+    loss = functional.nll_loss(of_next, torch.tensor(tokens[1:]))
+    yield figure(way.name, "perplexity", "", [float(loss.exp())])
+    exact_loss = functional.nll_loss(said_exactly, torch.tensor(tokens[1:]))
+    yield figure(way.name, "perplexity beside fp32's", "%", [float((loss - exact_loss).exp() - 1) * 100])
+    yield figure(
+        way.name, "choices equal to fp32's", "%", [float((logits.argmax(-1) == exact.argmax(-1)).float().mean()) * 100]
+    )
+    apart = functional.kl_div(of_next, said_exactly, log_target=True, reduction="batchmean")
+    yield figure(way.name, "divergence from fp32", "nats", [float(apart)])
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--model", default="smollm2-135m-instruct")
+    source = resolve(asked.parse_args().model, progress=print)
+    tokens = list(TextModel.load(source).encode(TEXT))
+    found: list[Figure] = []
+    exact: Tensor | None = None
+    for way in ways(source):
+        logits = said(way, tokens)
+        exact = logits if exact is None else exact
+        found += figures(way, logits, exact, tokens)
+    report("quality", found)
+    print(f"{len(tokens)} tokens")
+
+
+if __name__ == "__main__":
+    main()
