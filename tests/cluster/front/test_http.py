@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING
 
 import httpx
 import openai
 import pytest
+
+from cluster.front.http import _listen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,3 +251,10 @@ def test_the_version_is_the_packages(wire: Wire) -> None:
     from diptych import __version__
 
     assert httpx.get(f"{wire.url}/version").json() == {"version": __version__}
+
+
+def test_a_connections_bytes_leave_at_once() -> None:
+    with _listen("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
