@@ -14,6 +14,8 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diptych.types import Eviction
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -113,6 +115,8 @@ class Constants(_Part):
     """Prompt tokens in one step of a prefill worker."""
     decode_chunk_tokens: AtLeastOne = 512
     """Tokens in one step of a worker that decodes, when prompts are computed there too."""
+    eviction: Eviction = "lru"
+    """Of all workers, whoever places."""
     report_delay_seconds: NotNegative = 0.002
     """From a worker's report to the scheduler's knowing."""
     death_seconds: NotNegative = 0.1

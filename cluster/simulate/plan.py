@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _MOST_WORKERS = 1024
 """In a pool."""
-_DETOUR = 3
+_DETOUR = 2
 """Workers more than the best so far, on the way to a better one."""
 
 

@@ -62,7 +62,7 @@ class VirtualWorker:
         self.info = info
         self.id = info.id
         self.alive = True
-        self.pool = BlockPool(info.blocks)
+        self.pool = BlockPool(info.blocks, eviction=constants.eviction)
         self.tokens_emitted = 0
         chunk = constants.prefill_chunk_tokens if info.role == "prefill" else constants.decode_chunk_tokens
         self._batcher = Batcher(
