@@ -96,7 +96,7 @@ class Estimate:
     growth: Array
     """What of it is due to the newcomer."""
     rows: Array
-    """Requests that decode there already: the fleet's own column, which the next placement changes."""
+    """Requests that decode there already."""
     missing_tokens: Array
     """Of the prompt, to be sent there."""
     answer_tokens: float
@@ -148,7 +148,7 @@ def estimate(
         room=_room(fleet, missing, answer_tokens, step),
         step=step,
         growth=growth,
-        rows=fleet.rows,
+        rows=fleet.rows.copy(),
         missing_tokens=missing,
         answer_tokens=answer_tokens,
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.scheduler.costs import Estimate
 from cluster.scheduler.fleet import FAR, NEAR
-from cluster.scheduler.placement import Decision, Sides, Way, alone, pair
+from cluster.scheduler.placement import Considered, Sides, Way, alone, pair
 from diptych.types import Candidate, CostTerm
 
 if TYPE_CHECKING:
@@ -19,33 +19,30 @@ if TYPE_CHECKING:
 
 _RECORDED = 8
 _BEST_OF_A_SIDE = 3
+_COLUMNS = [column.name for column in fields(Estimate) if "Array" in str(column.type)]
 _SMALL = 64
-"""Workers of whom all is kept: 10 kB a decision."""
+"""Workers of whom all is kept: 10 kB a considered."""
 
 
-def kept(decision: Decision) -> Decision:
-    """What is kept of a decision to tell of it later: without its prompt's names, and bounded in size."""
-    decision = decision._replace(
-        placed=decision.placed._replace(granules=()),
-        estimate=replace(decision.estimate, rows=decision.estimate.rows.copy()),
-    )
-    return decision if len(decision.hosts) <= _SMALL else brief(decision)
+def kept(considered: Considered) -> Considered:
+    """What is kept of it to tell of it later: bounded, however large the cluster."""
+    return considered if len(considered.hosts) <= _SMALL else brief(considered)
 
 
-def brief(decision: Decision) -> Decision:
+def brief(considered: Considered) -> Considered:
     """The same with the best few workers of each side alone: what is worth keeping of one among a thousand."""
-    sides, way = decision.sides, decision.way
+    sides, way, found = considered.sides, considered.way, considered.estimate
     slots = {way.computes, way.decode}
     for costs in (sides.prefill, sides.decode[NEAR], sides.decode[FAR], sides.local, sides.mixed):
         slots.update(_best(costs))
     kept = sorted(slots)
-    found = decision.estimate
-    columns: dict[str, Array | float | None] = {one.name: getattr(found, one.name) for one in fields(Estimate)}
-    few = {name: column[..., kept] for name, column in columns.items() if isinstance(column, np.ndarray)}
+    few = replace(
+        found, **{name: getattr(found, name)[..., kept] for name in _COLUMNS if getattr(found, name) is not None}
+    )
     place = {slot: place for place, slot in enumerate(kept)}
-    return decision._replace(
+    return considered._replace(
         way=way._replace(prefill=place.get(way.prefill, -1), decode=place[way.decode]),
-        estimate=replace(found, **few),
+        estimate=few,
         sides=Sides(
             prefill=sides.prefill[kept],
             decode=sides.decode[:, kept],
@@ -53,30 +50,30 @@ def brief(decision: Decision) -> Decision:
             mixed=sides.mixed[kept],
             late=sides.late,
         ),
-        ids=[decision.ids[slot] for slot in kept],
-        hosts=decision.hosts[kept],
+        ids=[considered.ids[slot] for slot in kept],
+        hosts=considered.hosts[kept],
     )
 
 
-def candidates(decision: Decision) -> tuple[Candidate, ...]:
+def candidates(considered: Considered) -> tuple[Candidate, ...]:
     """The cheapest ways that were open, the chosen one first."""
-    return tuple(_candidate(decision, way) for way in _ways(decision))
+    return tuple(_candidate(considered, way) for way in _ways(considered))
 
 
-def reason(decision: Decision) -> str:
+def reason(considered: Considered) -> str:
     """Why it was this one, in a sentence."""
-    found, way, predicted = decision.estimate, decision.way, decision.placement.predicted
+    found, way, predicted = considered.estimate, considered.way, considered.placement.predicted
     assert predicted is not None, "a placement without a prediction"
-    computes = decision.ids[way.computes]
+    computes = considered.ids[way.computes]
     told = (
-        f"{computes} computes {decision.placed.tokens:,} of {decision.prompt_tokens:,} prompt tokens "
+        f"{computes} computes {considered.computed_tokens:,} of {considered.prompt_tokens:,} prompt tokens "
         f"behind {_seconds(predicted.wait_seconds)} of queue"
     )
-    if decision.placement.prefix_from and found.fetched_tokens is not None:
+    if considered.placement.prefix_from and found.fetched_tokens is not None:
         fetched = int(found.fetched_tokens[way.computes])
-        told += f", after fetching {fetched:,} from {decision.placement.prefix_from}'s cache,"
+        told += f", after fetching {fetched:,} from {considered.placement.prefix_from}'s cache,"
     if way.prefill >= 0:
-        told += f", sends {decision.ids[way.decode]} the {int(found.missing_tokens[way.decode]):,} it lacks, which"
+        told += f", sends {considered.ids[way.decode]} the {int(found.missing_tokens[way.decode]):,} it lacks, which"
     told += (
         f" and decodes beside {int(found.rows[way.decode])} other requests"
         if way.prefill < 0
@@ -86,34 +83,37 @@ def reason(decision: Decision) -> str:
         f": first token after {_seconds(predicted.ttft_seconds)}, {_seconds(predicted.itl_seconds)} between tokens, "
         f"cost {_seconds(way.cost)}"
     )
-    others = [one for one in _ways(decision) if one[1:] != way[1:]]
-    if decision.how != "auto":
-        return f"{told}; placement.how = {decision.how} left no choice of way"
+    others = [one for one in _ways(considered) if one[1:] != way[1:]]
+    if considered.how != "auto":
+        return f"{told}; placement.how = {considered.how} left no choice of way"
     if not others:
         return f"{told}; there was no other way"
-    return f"{told}; the next best ({others[0].how}, {_workers(decision, others[0])}) {_seconds(others[0].cost)}"
+    return f"{told}; the next best ({others[0].how}, {_workers(considered, others[0])}) {_seconds(others[0].cost)}"
 
 
-def _ways(decision: Decision) -> list[Way]:
-    sides, hosts = decision.sides, decision.hosts
-    ways = [decision.way]
-    if decision.how != "remote":
+def _ways(considered: Considered) -> list[Way]:
+    sides, hosts = considered.sides, considered.hosts
+    ways = [considered.way]
+    if considered.how != "remote":
         ways += [alone(sides, "local", slot) for slot in _best(sides.local)]
         ways += [alone(sides, "mixed", slot) for slot in _best(sides.mixed)]
-    if decision.how != "local":
+    if considered.how != "local":
         receivers = {*_best(sides.decode[NEAR]), *_best(sides.decode[FAR])}
         ways += [pair(sides, hosts, *both) for both in product(_best(sides.prefill), receivers)]
     open_ = {way[1:]: way for way in ways if way.cost < np.inf}
-    return sorted(open_.values(), key=lambda way: (way[1:] != decision.way[1:], way.cost))[:_RECORDED]
+    return sorted(open_.values(), key=lambda way: (way[1:] != considered.way[1:], way.cost))[:_RECORDED]
 
 
 def _best(costs: Array) -> list[int]:
-    few = np.argpartition(costs, _BEST_OF_A_SIDE)[:_BEST_OF_A_SIDE] if len(costs) > _BEST_OF_A_SIDE else costs.argsort()
-    return [int(slot) for slot in few if costs[slot] < np.inf]
+    left, found = costs.copy(), list[int]()
+    while len(found) < _BEST_OF_A_SIDE and left[slot := int(left.argmin())] < np.inf:
+        found.append(slot)
+        left[slot] = np.inf
+    return found
 
 
-def _candidate(decision: Decision, way: Way) -> Candidate:
-    found, computes, decode = decision.estimate, way.computes, way.decode
+def _candidate(considered: Considered, way: Way) -> Candidate:
+    found, computes, decode = considered.estimate, way.computes, way.decode
     terms = [
         CostTerm("queue", float(found.wait[computes])),
         CostTerm("compute", float(found.compute[computes])),
@@ -123,7 +123,7 @@ def _candidate(decision: Decision, way: Way) -> Candidate:
     if found.fetch is not None and found.fetch[computes]:
         terms.append(CostTerm("prefix fetch", float(found.fetch[computes])))
     if way.prefill >= 0:
-        kind = NEAR if decision.hosts[computes] == decision.hosts[decode] else FAR
+        kind = NEAR if considered.hosts[computes] == considered.hosts[decode] else FAR
         terms.append(CostTerm("transfer", float(found.transfer[kind, decode])))
     else:
         terms.append(CostTerm("others wait for the prompt", float(found.rows[decode] * found.prompt[decode])))
@@ -132,12 +132,12 @@ def _candidate(decision: Decision, way: Way) -> Candidate:
     # What is promised, what whoever comes next finds queued, and what earlier predictions were short of.
     terms.append(CostTerm("weighed", way.cost - sum(term.value for term in terms)))
     return Candidate(
-        prefill=_id(decision, way.prefill), decode=_known(_id(decision, decode)), how=way.how, terms=tuple(terms)
+        prefill=_id(considered, way.prefill), decode=_known(_id(considered, decode)), how=way.how, terms=tuple(terms)
     )
 
 
-def _id(decision: Decision, slot: int) -> WorkerId | None:
-    return None if slot < 0 else decision.ids[slot]
+def _id(considered: Considered, slot: int) -> WorkerId | None:
+    return None if slot < 0 else considered.ids[slot]
 
 
 def _known(worker: WorkerId | None) -> WorkerId:
@@ -145,9 +145,9 @@ def _known(worker: WorkerId | None) -> WorkerId:
     return worker
 
 
-def _workers(decision: Decision, way: Way) -> str:
-    decode = decision.ids[way.decode]
-    return f"{decode} alone" if way.prefill < 0 else f"{decision.ids[way.prefill]} with {decode}"
+def _workers(considered: Considered, way: Way) -> str:
+    decode = considered.ids[way.decode]
+    return f"{decode} alone" if way.prefill < 0 else f"{considered.ids[way.prefill]} with {decode}"
 
 
 def _seconds(value: float) -> str:

@@ -41,7 +41,8 @@ class Learning:
         self._steps: Shared[WorkerId] = Shared(np.array(STEP_PRIOR))
         self._transfers: Shared[tuple[WorkerId, int]] = Shared(np.array(TRANSFER_PRIOR))
         self._exposed: Shared[tuple[WorkerId, int]] = Shared(np.array(EXPOSED_PRIOR))
-        self._residuals: dict[How, Residual] = {}
+        self._residuals: dict[How, Residual] = {"remote": Residual(), "local": Residual(), "mixed": Residual()}
+        self._late: Mapping[How, float] = dict.fromkeys(self._residuals, 0.0)
         self._expected: OrderedDict[RequestId, tuple[How, float]] = OrderedDict()
         self._answer_tokens: float | None = None
 
@@ -119,10 +120,10 @@ class Learning:
 
     # ---- requests ----------------------------------------------------------------------------------
 
-    def residual_seconds(self, how: How) -> float:
-        """What first tokens of such requests come later than predicted without it."""
-        residual = self._residuals.get(how)
-        return residual.seconds if residual else 0.0
+    @property
+    def late_seconds(self) -> Mapping[How, float]:
+        """By how much first tokens of each way come later than predicted without it; replaced, never changed."""
+        return self._late
 
     def answer_tokens(self, max_tokens: int) -> float:
         """How long an answer becomes, on average."""
@@ -130,7 +131,7 @@ class Learning:
 
     def expect(self, request: RequestId, how: How, predicted: Prediction) -> None:
         """Its outcome will be held against this."""
-        self._expected[request] = how, predicted.ttft_seconds - self.residual_seconds(how)
+        self._expected[request] = how, predicted.ttft_seconds - self._late[how]
         if len(self._expected) > _MOST_EXPECTED:
             self._expected.popitem(last=False)
 
@@ -143,7 +144,8 @@ class Learning:
         known = self._answer_tokens
         self._answer_tokens = outcome.tokens if known is None else known + 0.02 * (outcome.tokens - known)
         if outcome.ttft_seconds is not None and (outcome.served is None or outcome.served.how == how):
-            self._residuals.setdefault(how, Residual()).learn(outcome.ttft_seconds, ttft_seconds)
+            self._residuals[how].learn(outcome.ttft_seconds, ttft_seconds)
+            self._late = {how: residual.seconds for how, residual in self._residuals.items()}
 
 
 def implied_step(before: WorkerView, report: Report, at: float) -> StepSample | None:

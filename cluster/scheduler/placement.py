@@ -56,11 +56,10 @@ class Sides(NamedTuple):
     """What each way's first tokens come later than the rest predicts."""
 
 
-class Decision(NamedTuple):
-    """The answer, what it adds to the view, and what it was made from."""
+class Considered(NamedTuple):
+    """What a decision was made from: its words can be made of it later (`explain`)."""
 
     placement: Placement
-    placed: RequestPlaced
     way: Way
     estimate: Estimate
     sides: Sides
@@ -71,6 +70,15 @@ class Decision(NamedTuple):
     how: Rule
     """What the policy left open."""
     prompt_tokens: int
+    computed_tokens: int
+
+
+class Decision(NamedTuple):
+    """The answer, what it adds to the view, and why."""
+
+    placement: Placement
+    placed: RequestPlaced
+    considered: Considered
 
 
 def place(view: ClusterView, shape: RequestShape, policy: Policy, now: float, rank: int | None = None) -> Decision:
@@ -94,8 +102,7 @@ def place(view: ClusterView, shape: RequestShape, policy: Policy, now: float, ra
 
 
 def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Policy) -> Sides:
-    fleet, residual = view.fleet, view.learning.residual_seconds
-    late: dict[How, float] = {"local": residual("local"), "mixed": residual("mixed"), "remote": residual("remote")}
+    fleet = view.fleet
     computing = compute_cost(found, shape, policy)
     decoding = decode_cost(found, shape, policy) + fleet.tie
     both = computing + decoding + harm_cost(found)
@@ -113,7 +120,7 @@ def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Poli
         decode=found.transfer + (decoding + found.wait + receivers),
         local=both + decode,
         mixed=both + mixed if fleet.placeable["mixed"] else mixed,
-        late=late,
+        late=view.learning.late_seconds,
     )
 
 
@@ -193,7 +200,7 @@ def _decision(
         prefill=prefill,
         how=way.how,
         prefix_from=ids[found.holder_for(computes)] if fetched else None,
-        predicted=_prediction(fleet, found, way, fetched, view.learning.residual_seconds(way.how)),
+        predicted=_prediction(fleet, found, way, fetched, sides.late[way.how]),
     )
     placed = RequestPlaced(
         at=now,
@@ -206,7 +213,8 @@ def _decision(
         blocks=-int(-found.missing_tokens.item(decode) // fleet.block_tokens.item(decode)),
         context_tokens=shape.prompt_tokens + 0.5 * found.answer_tokens,
     )
-    return Decision(placement, placed, way, found, sides, ids, fleet.host, how, shape.prompt_tokens)
+    considered = Considered(placement, way, found, sides, ids, fleet.host, how, shape.prompt_tokens, placed.tokens)
+    return Decision(placement, placed, considered)
 
 
 def _id(ids: Sequence[WorkerId | None], slot: int) -> WorkerId:

@@ -16,7 +16,7 @@ from diptych.types import Accuracy, Explanation, PlacedAt
 
 if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
-    from cluster.scheduler.placement import Decision
+    from cluster.scheduler.placement import Considered
     from diptych.types import Outcome, Placement, RequestId
 
 RECORDS: Final = 4096
@@ -28,7 +28,7 @@ _SUFFIXES: Final = re.compile(r"(-\d+)?~[0-9a-f]+")
 class _Placed(NamedTuple):
     at: float
     placement: Placement
-    decision: Decision | None
+    considered: Considered | None
     """What its words are made from."""
 
 
@@ -73,10 +73,12 @@ class Records:
             if len(self._records) > self._size:
                 del self._records[next(iter(self._records))]
 
-    def placed(self, shape: RequestShape, placement: Placement, now: float, decision: Decision | None = None) -> None:
-        """It goes there; `decision` can tell why."""
+    def placed(
+        self, shape: RequestShape, placement: Placement, now: float, considered: Considered | None = None
+    ) -> None:
+        """It goes there; `considered` can tell why."""
         self.asked(shape, now)
-        self._records[shape.request].placements.append(_Placed(now, placement, decision))
+        self._records[shape.request].placements.append(_Placed(now, placement, considered))
 
     def refused(self, request: RequestId, error: Exception, now: float) -> None:
         """It goes nowhere."""
@@ -133,8 +135,8 @@ def _explanation(request: RequestId, record: _Record, now: float) -> Explanation
 
 def _told(placed: _Placed, asked: float) -> PlacedAt:
     placement = placed.placement
-    if placed.decision is not None:
-        placement = replace(placement, reason=reason(placed.decision), candidates=candidates(placed.decision))
+    if placed.considered is not None:
+        placement = replace(placement, reason=reason(placed.considered), candidates=candidates(placed.considered))
     return PlacedAt(placement=placement, seconds=placed.at - asked)
 
 

@@ -265,7 +265,7 @@ class Scheduler:
         self._gate.placed(placed)
         self._charges.placed(shape, placed.seconds, self._forecast.token_seconds())
         self._view.apply(placed)
-        self._records.placed(shape, decision.placement, now, kept(decision))
+        self._records.placed(shape, decision.placement, now, kept(decision.considered))
         return decision.placement
 
     def _may_come_back(self, now: float) -> bool:

@@ -272,12 +272,12 @@ def _regret() -> Iterator[Figure]:
             cluster.report()
         decision = cluster.place(cluster.shape())
         best = _brute_force(decision)
-        regrets.append(100 * (decision.way.cost - best) / best)
+        regrets.append(100 * (decision.considered.way.cost - best) / best)
     yield figure("500 P x 500 D", "regret beside 250,500 ways priced", "%", regrets)
 
 
 def _brute_force(decision: Decision) -> float:
-    sides, hosts = decision.sides, decision.hosts
+    sides, hosts = decision.considered.sides, decision.considered.hosts
     near: NDArray[np.bool_] = hosts[:, None] == hosts[None, :]
     pairs: Array = sides.prefill[:, None] + np.where(near, sides.decode[NEAR], sides.decode[FAR])
     return min(

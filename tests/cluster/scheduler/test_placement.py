@@ -118,7 +118,7 @@ def cluster(info: Callable[..., WorkerInfo]) -> Callable[[str], Cluster]:
 
 
 def terms(decision: Decision, place_: int = 0) -> dict[str, float]:
-    return {term.name: term.value for term in candidates(decision)[place_].terms}
+    return {term.name: term.value for term in candidates(decision.considered)[place_].terms}
 
 
 def test_a_warm_prefill_worker_wins_until_its_queue_costs_more_than_fetching_the_hit(
@@ -316,8 +316,8 @@ def test_the_policy_forces_where_the_prompt_is_computed(
     some.report("d0", running=20 if how == "local" else 0)
     decision = some.place(how=how)
     assert decision.placement.how == expected
-    assert {candidate.how for candidate in candidates(decision)} == {expected}
-    assert f"placement.how = {how}" in reason(decision)
+    assert {candidate.how for candidate in candidates(decision.considered)} == {expected}
+    assert f"placement.how = {how}" in reason(decision.considered)
 
 
 def test_a_mixed_worker_does_both(cluster: Callable[[str], Cluster]) -> None:
@@ -369,7 +369,7 @@ def test_a_request_goes_to_the_one_worker_that_can_hold_it(info: Callable[..., W
         view.apply(WorkerJoined(info=info(name, max_context=context), at=0.0))
     decision = place(view, shape(1000, 100), Policy(), 0.0)
     assert decision.placement.decode == "d1"
-    assert reason(decision).endswith("there was no other way")
+    assert reason(decision.considered).endswith("there was no other way")
 
 
 def test_the_decision_explains_itself(cluster: Callable[[str], Cluster]) -> None:
@@ -377,12 +377,12 @@ def test_the_decision_explains_itself(cluster: Callable[[str], Cluster]) -> None
     some.report("p0", stored=62, waiting=400)
     some.report("d0", running=3)
     decision = some.place(1000)
-    assert reason(decision) == (
+    assert reason(decision.considered) == (
         "d0 computes 8 of 1,000 prompt tokens behind 0.0 ms of queue, after fetching 992 from p0's cache, and decodes "
         "beside 3 other requests: first token after 7.4 ms, 5.4 ms between tokens, cost 590.1 ms; the next best "
         "(remote, p0 with d0) 626.8 ms"
     )
-    assert candidates(decision)[0].cost == pytest.approx(decision.way.cost)
+    assert candidates(decision.considered)[0].cost == pytest.approx(decision.considered.way.cost)
 
 
 def test_of_a_thousand_workers_the_few_that_matter_are_kept(cluster: Callable[[str], Cluster]) -> None:
@@ -390,12 +390,12 @@ def test_of_a_thousand_workers_the_few_that_matter_are_kept(cluster: Callable[[s
     for busy in range(19):
         some.report(f"d{busy}", running=1 + busy)
     decision = some.place()
-    costs = [candidate.cost for candidate in candidates(decision)]
+    costs = [candidate.cost for candidate in candidates(decision.considered)]
     assert len(costs) == 8
     assert costs == sorted(costs)
-    short = brief(decision)
+    short = brief(decision.considered)
     assert len(short.ids) <= 17
-    assert (reason(short), candidates(short)[0]) == (reason(decision), candidates(decision)[0])
+    assert (reason(short), candidates(short)[0]) == (reason(decision.considered), candidates(decision.considered)[0])
 
 
 loads = st.tuples(
@@ -421,8 +421,8 @@ def test_no_pair_and_no_single_worker_is_cheaper_than_the_chosen_way(
     for name, (stored, waiting, running, free, _) in named:
         some.report(name, stored=stored, waiting=waiting, running=running, free=free)
     decision = some.place(1000)
-    sides, workers = decision.sides, some.view.workers
+    sides, workers = decision.considered.sides, some.view.workers
     slots = [[workers[WorkerId(name)].slot for name, _ in named if name[0] == role] for role in "pd"]
-    pairs = [pair(sides, decision.hosts, *both).cost for both in product(*slots)]
+    pairs = [pair(sides, decision.considered.hosts, *both).cost for both in product(*slots)]
     single = [alone(sides, "local", slot).cost for slot in slots[1]]
-    assert decision.way.cost == min(pairs + single)
+    assert decision.considered.way.cost == min(pairs + single)
