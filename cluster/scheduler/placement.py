@@ -103,7 +103,7 @@ def place(view: ClusterView, shape: RequestShape, policy: Policy, now: float, ra
 
 def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Policy) -> Sides:
     fleet = view.fleet
-    computing = compute_cost(found, shape, policy)
+    computing = compute_cost(found, shape, policy, view.usual.seconds)
     decoding = decode_cost(found, shape, policy) + fleet.tie
     both = computing + decoding + harm_cost(found)
     senders = fleet.prefill if fleet.placeable["prefill"] else fleet.mixed

@@ -23,9 +23,12 @@ BEYOND = 10.0
 """What a second counts for that breaks it."""
 
 
-def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Array:
-    """Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
+def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy, usual: float | None) -> Array:
+    """`usual` stands for the promise where nobody made one: what most others keep to.
+
+    Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
     wish = shape.ttft_seconds if shape.ttft_seconds is not None else policy.ttft_seconds
+    wish = usual if wish is None else wish
     return _weighed(estimate.first_token, wish) + estimate.compute
 
 

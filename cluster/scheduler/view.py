@@ -25,6 +25,7 @@ from cluster.scheduler.fleet import Fleet
 from cluster.scheduler.learning import Learning, implied_step
 from cluster.scheduler.prefix_index import PrefixIndex
 from cluster.scheduler.promises import Promises
+from cluster.scheduler.usual import Usual
 from diptych.hashing import GRANULE
 from diptych.types import Cleared, Counters, Load, Report, Role, WorkerId, WorkerInfo
 
@@ -92,6 +93,7 @@ class ClusterView:
         self._requests_placed = 0
         self._look_at = 0.0
         """Nobody can be stale before."""
+        self.usual = Usual()
         self.fleet = Fleet()
         self.learning = Learning(self.fleet)
 
@@ -278,6 +280,8 @@ class ClusterView:
     # ---- requests --------------------------------------------------------------------------------
 
     def _request_placed(self, event: RequestPlaced) -> None:
+        if event.placement.predicted:
+            self.usual.add(event.placement.predicted.ttft_seconds)
         self._requests_placed += 1
         placement, fleet, at = event.placement, self.fleet, event.at
         assert placement.predicted is not None, "a placement without a prediction"
