@@ -85,6 +85,7 @@ class VirtualCluster:
             asked=tuple(self._asked.values()),
             workers=tuple(worker.info for worker in workers),
             tokens_emitted=tuple(worker.tokens_emitted for worker in workers),
+            busy_seconds=tuple(worker.busy_seconds for worker in workers),
             looks=tuple(self._looks),
             seconds=max((asked.ended or 0.0 for asked in self._asked.values()), default=0.0),
         )

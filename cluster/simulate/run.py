@@ -38,6 +38,8 @@ class Run:
     workers: tuple[WorkerInfo, ...]
     tokens_emitted: tuple[int, ...]
     """By each worker, in the order of `workers`."""
+    busy_seconds: tuple[float, ...]
+    """Of each worker, computing."""
     looks: tuple[Look, ...]
     seconds: float
     """Virtual, until the last request ended."""

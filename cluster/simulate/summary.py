@@ -44,6 +44,8 @@ class Summary:
     """Requests, most of a decoding worker over least."""
     prefill_load: float
     """Prompt tokens computed, most of a prefill worker over mean."""
+    busy: dict[str, float]
+    """Share of the run that the workers of each role computed; 0 where there are none."""
 
 
 def summarise(run: Run, slo: Slo, kv_bytes_per_token: int) -> Summary:
@@ -72,6 +74,7 @@ def summarise(run: Run, slo: Slo, kv_bytes_per_token: int) -> Summary:
         decode_load=_spread(_emitted(run)),
         decode_requests=_spread(_decoded(run)),
         prefill_load=_peak(_computed(run)),
+        busy=_busy(run),
     )
 
 
@@ -105,6 +108,15 @@ def _computed(run: Run) -> list[float]:
         if each.placement:
             tokens[each.placement.prefill or each.placement.decode] += each.computed_tokens
     return [tokens[worker.id] for worker in run.workers if worker.role in roles]
+
+
+def _busy(run: Run) -> dict[str, float]:
+    roles: tuple[Role, ...] = ("prefill", "decode", "mixed")
+    shares: dict[str, float] = {}
+    for role in roles:
+        seconds = [busy for worker, busy in zip(run.workers, run.busy_seconds, strict=True) if worker.role == role]
+        shares[role] = sum(seconds) / (len(seconds) * run.seconds) if seconds and run.seconds else 0.0
+    return shares
 
 
 def _spread(loads: Sequence[float]) -> float:

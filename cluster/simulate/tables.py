@@ -29,6 +29,7 @@ _COLUMNS = (
     "sent GB",
     "saved GB",
     "decode max/min",
+    "busy %",
 )
 
 
@@ -60,6 +61,7 @@ def _cells(result: Result) -> list[str]:
         f"{one.sent_bytes / 1e9:,.0f}",
         f"{one.unsent_bytes / 1e9:,.0f}",
         f"{one.decode_load:.2f}",
+        "/".join(f"{100 * one.busy[role]:.0f}" for role in ("prefill", "decode", "mixed")),
     ]
 
 

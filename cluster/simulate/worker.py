@@ -64,6 +64,7 @@ class VirtualWorker:
         self.alive = True
         self.pool = BlockPool(info.blocks, eviction=constants.eviction)
         self.tokens_emitted = 0
+        self.busy_seconds = 0.0
         chunk = constants.prefill_chunk_tokens if info.role == "prefill" else constants.decode_chunk_tokens
         self._batcher = Batcher(
             self.pool,
@@ -234,7 +235,9 @@ class VirtualWorker:
         step, self._step, self._planned = self._step, None, None
         assert step is not None, "a step ended that didn't begin"
         plan, steps = step.plan, step.leap.steps
-        self._reporting.add(sample_of(steps, step.leap.seconds(steps), plan.chunks, step.rows, step.context))
+        seconds = step.leap.seconds(steps)
+        self.busy_seconds += seconds
+        self._reporting.add(sample_of(steps, seconds, plan.chunks, step.rows, step.context))
         dropped, self._dropped = self._dropped, []
         for sequence in dropped:
             self._forget(sequence)
