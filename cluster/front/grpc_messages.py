@@ -183,7 +183,7 @@ def role_of(role: int) -> types.Role:
 
 def _worker_of(worker: types.WorkerStatus) -> WorkerStatus:
     info = asdict(worker.info)
-    del info["role"], info["layout"], info["computes"]
+    del info["role"], info["layout"]
     layout = KvLayout(**asdict(worker.info.layout))
     return WorkerStatus(
         info=WorkerInfo(**info, role=_ROLES[worker.info.role], layout=layout),

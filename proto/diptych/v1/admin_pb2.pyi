@@ -127,7 +127,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., alive: _Optional[bool] = ..., report_age_seconds: _Optional[float] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("id", "role", "epoch", "build", "model_digest", "layout", "blocks", "max_context", "device", "host", "pid", "threads")
+    __slots__ = ("id", "role", "epoch", "build", "model_digest", "layout", "blocks", "max_context", "device", "host", "pid", "threads", "computes")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class WorkerInfo(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTES_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: Role
     epoch: int
@@ -152,7 +153,8 @@ class WorkerInfo(_message.Message):
     host: str
     pid: int
     threads: int
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., build: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., blocks: _Optional[int] = ..., max_context: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+    computes: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., build: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., blocks: _Optional[int] = ..., max_context: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., threads: _Optional[int] = ..., computes: _Optional[str] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("layers", "kv_heads", "block_size", "head_dim", "dtype", "shard", "shards")
