@@ -288,8 +288,8 @@ def check_truth_survives(text: TextModel, seed: int, count: int) -> None:
             assert all(wire.mishaps[name] > 3 for name in ("dropped", "doubled", "late", "unanswered"))
             assert said == expected
             wire.calm_down()
-            # One may be under way; the next shows the gap; the one after that, at once, tells all.
-            assert max((await fleet.until_known()).values()) <= 3
+            # One may be under way, another's answer lost before; the next shows the gap; then, at once, one tells all.
+            assert max((await fleet.until_known()).values()) <= 4
             wire.scheduler.check()
             assert sum(len(wire.believed(name)) for name in ROLES) > BLOCKS
 
