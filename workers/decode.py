@@ -6,10 +6,10 @@ hand-off ends in any way but a commit, it is computed here too, and the answer g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from diptych.errors import Draining, Internal, LayoutMismatch, Rejected, ServingError, TransferFailed
+from diptych.errors import Draining, EngineBroke, LayoutMismatch, Rejected, ServingError, TransferFailed, WorkerLost
 from diptych.hashing import granules_per_block
 from diptych.types import (
     Failure,
@@ -192,10 +192,11 @@ class DecodeRole:
             self._end(answer, reason)
         return len(answers)
 
-    def fail_all(self, reason: str) -> None:
-        """The engine broke: every front hears of it."""
+    def fail_all(self, reason: str, suspects: Collection[Sequence]) -> None:
+        """The engine broke in a step of the suspects: every front goes on elsewhere."""
         for answer in self._answers.values():
-            error = Internal(f"{answer.request.id}: {reason}")
+            kind = EngineBroke if answer.sequence in suspects else WorkerLost
+            error = kind(f"{answer.request.id}: {reason}")
             self._effects.emit(answer.request.front, Failure(answer.request.id, answer.attempt, error))
 
     def owners(self) -> set[str]:

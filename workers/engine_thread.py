@@ -18,6 +18,7 @@ from diptych.types import Counters, FrontId, KvEvent, Load, Outgoing, StepSample
 from workers.borrowing import Borrower
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine
+from workers.engine.sequence import Sequence
 from workers.lending import Lender
 from workers.prefill import PrefillRole
 from workers.report_pace import HEARTBEAT_SECONDS, ReportPace
@@ -98,6 +99,8 @@ class EngineThread:
         self._steps = 0
         self._cancel_steps_max = 0
         self._samples = StepSamples()
+        self._suspects: tuple[Sequence, ...] = ()
+        """Whom the step under way computes."""
 
     def start(
         self,
@@ -157,7 +160,9 @@ class EngineThread:
             self._run(roles, listener, take_step)
         except BaseException as error:  # the thread's last door: everyone hears of it
             self._ended = True
-            roles.decode.fail_all(f"the engine of this worker broke: {error!r}")
+            reason = f"the engine of this worker broke: {error!r}"
+            roles.decode.fail_all(reason, self._suspects)
+            roles.prefill.fail_suspects(reason, self._suspects)
             listener.step_done(take_step())
             listener.broke(error)
         finally:
@@ -173,6 +178,7 @@ class EngineThread:
             roles.lender.tick()
             began = time.perf_counter()
             plan = engine.plan()
+            self._suspects = plan.computing
             sample = sample_of(plan, 0.0)
             roles.decode.before_step(plan)
             roles.prefill.before_step(plan)
@@ -180,6 +186,7 @@ class EngineThread:
             self._steps += 1
             roles.decode.after_step(result)
             roles.prefill.after_step(result)
+            self._suspects = ()
             if outgoing := take_step():
                 listener.step_done(outgoing)
             before, finished = finished, roles.decode.counters.finished

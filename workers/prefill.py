@@ -5,10 +5,10 @@ Runs on the engine's thread. Knows tickets and parcels; not Ray, and not what de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from diptych.errors import ServingError, TransferFailed
+from diptych.errors import EngineBroke, ServingError, TransferFailed
 from diptych.hashing import GRANULE
 from diptych.types import (
     Failure,
@@ -176,6 +176,13 @@ class PrefillRole:
         now = self._effects.now()
         for job in [job for job in self._jobs.values() if job.deadline <= now]:
             self._end(job, State.EXPIRED, f"no progress for {self._spec.lease_seconds} s")
+
+    def fail_suspects(self, reason: str, suspects: Collection[Sequence]) -> None:
+        """The engine broke in a step of theirs: their fronts count it. The others are decode's to save."""
+        for sequence, job in self._by_sequence.items():
+            if sequence in suspects:
+                request, attempt = job.order.request, job.order.attempt
+                self._effects.emit(request.front, Failure(request.id, attempt, EngineBroke(f"{request.id}: {reason}")))
 
     def owners(self) -> set[str]:
         """Who may hold blocks on behalf of this role."""

@@ -291,6 +291,7 @@ class Dispatcher:
                 if inbox.spoke:
                     return  # only its word that it has the request was lost
                 self._again(life, error)
+                await self._pause(life, error)  # it may be placed there until all know
             else:
                 return
 

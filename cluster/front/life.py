@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from diptych.errors import Draining
+from diptych.errors import Draining, EngineBroke, Internal
 from diptych.hashing import GRANULE, granule_hashes
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _LOSSES = 3
 """Workers that a request may lose one after the other without a token in between: it may be what kills them."""
+_BREAKS = 2
+"""Engines that may break in a step with a request, whatever it says in between: the next one ends it. Fewer than a
+pool replaces by default (`cluster.max_deaths`)."""
 _ATTEMPTS = 16
 
 
@@ -31,6 +34,7 @@ class Life:
     watch: Watch
     losses: int = 0
     """Without a token in between."""
+    breaks: int = 0
     waits_until: float | None = None
     """Since its last token it has nobody to wait for but until then."""
 
@@ -48,6 +52,10 @@ class Life:
         """An attempt ended. Raises `error` when there is no other."""
         if self.inbox.spoke:
             self.losses, self.waits_until = 0, None
+        if isinstance(error, EngineBroke):
+            self.breaks += 1
+        if self.breaks > _BREAKS:
+            raise Internal(f"{self.breaks} engines broke while they computed it, and it may be why: {error}")
         if not isinstance(error, Draining):
             self.losses += 1
         if self.losses > _LOSSES or self.inbox.attempt + 1 >= _ATTEMPTS:

@@ -10,6 +10,7 @@
     - NoWorker          no live worker can take the request        503 / UNAVAILABLE
   x Draining            going away, ask elsewhere                  503 / FAILED_PRECONDITION
   x WorkerLost          a worker died with the request             502 / UNAVAILABLE
+    - EngineBroke       a bug ended its engine in a step with it   goes on elsewhere, a few times
   x DeadlineExceeded    the request's own deadline passed          504 / DEADLINE_EXCEEDED
   x TransferFailed      a KV hand-off ended without a commit       recovered inside, seen in records
   x LayoutMismatch      two sides can't be joined; names both      500 / FAILED_PRECONDITION
@@ -21,6 +22,7 @@ from __future__ import annotations
 __all__ = [
     "DeadlineExceeded",
     "Draining",
+    "EngineBroke",
     "Internal",
     "InvalidRequest",
     "LayoutMismatch",
@@ -91,6 +93,10 @@ class Draining(ServingError):
 
 class WorkerLost(ServingError):
     """A worker died or went silent while it held the request."""
+
+
+class EngineBroke(WorkerLost):
+    """A bug ended the engine in a step that computed the request: it may be what breaks engines."""
 
 
 class DeadlineExceeded(ServingError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diptych.errors import Draining, Internal, WorkerLost
+from diptych.errors import Draining, EngineBroke, WorkerLost
 from diptych.types import FrontId, PrefillOrder
 
 Make = Callable[..., Any]
@@ -59,9 +59,9 @@ def test_a_broken_engine_is_heard_by_everyone_who_waits_or_runs(
             await two.see(two.d, breaks)
             assert "a kernel went wrong" in str(await two.d.wait_broken())
             await two.front.wait_for(lambda: len(two.front.failures) == 2)
-            for request in (running, waiting):
+            for request, kind in ((running, EngineBroke), (waiting, WorkerLost)):
                 error = two.front.failures[request.id]
-                assert isinstance(error, Internal)
+                assert type(error) is kind
                 assert request.id in str(error)
                 assert "a kernel went wrong" in str(error)
             assert not two.d.owns(running.id, 0)
@@ -84,6 +84,30 @@ def test_decode_goes_on_when_the_engine_of_prefill_breaks(
             assert await two.answers(request) == clean
             assert two.front.served(request.id).how == "local"
             assert not await two.p.is_pending(request.id, 0)
+
+    run(test())
+
+
+def test_a_front_hears_in_whose_step_an_engine_of_prefill_broke(
+    run: Make, two_workers: Make, prompt: Make, request_for: Make
+) -> None:
+    def breaks_at_work(roles: Any) -> None:
+        execute = roles.engine.execute
+
+        def poisoned(plan: Any) -> Any:
+            if plan.computing:
+                raise RuntimeError("a kernel went wrong")
+            return execute(plan)
+
+        roles.engine.execute = poisoned
+
+    async def test() -> None:
+        async with two_workers("p", lease_seconds=600.0) as two:
+            await two.see(two.p, breaks_at_work)
+            request = request_for(prompt(100))
+            await two.submit(request)
+            await two.front.wait_for(lambda: type(two.front.failures.get(request.id)) is EngineBroke)
+            await two.d.cancel(request.id, 0)
 
     run(test())
 

@@ -36,6 +36,8 @@ from diptych.types import (
     WorkerId,
     WorkerSpec,
 )
+from workers.engine.batching import StepPlan
+from workers.engine.engine import StepResult
 from workers.engine_thread import Roles
 from workers.worker import Worker
 
@@ -196,6 +198,15 @@ class House:
         """As its death looks to the front and the scheduler."""
         self.ports[name].cut.set()
         self.scheduler.it.leave(WorkerId(name), 0)
+
+    async def leave_when_broken(self, name: str) -> None:
+        """What pools do."""
+        await self.workers[name].wait_broken()
+        self.lose(name)
+
+    async def bury(self, *names: str) -> None:
+        """Nobody expects their blocks back."""
+        await asyncio.gather(*(self.workers.pop(name).stop() for name in names))
 
     async def computed(self) -> int:
         """Prompt tokens, by all workers."""
@@ -551,6 +562,59 @@ def test_a_request_that_costs_one_worker_after_the_other_is_given_up(house: Hous
             with pytest.raises(WorkerLost, match="it died of this"):
                 await here.said(here.ask())
             assert sum(port.calls["submit"] for port in here.ports.values()) == 4
+
+    run(test())
+
+
+POISON = 666
+
+
+def poison(roles: Roles) -> bool:
+    """A step with the poisonous request breaks this engine, but only after a few."""
+    execute, taken = roles.engine.execute, Counter[str]()
+
+    def poisoned(plan: StepPlan) -> StepResult:
+        for sequence in plan.computing:
+            taken[sequence.request.id] += 1
+            if sequence.request.params.seed == POISON and taken[sequence.request.id] > 3:
+                raise RuntimeError("poison")
+        return execute(plan)
+
+    roles.engine.execute = poisoned
+    return True
+
+
+def test_an_engine_that_breaks_costs_a_pause(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode", e="decode") as here:
+            expected = await here.text_of(here.ask(id="clean", max_tokens=20, seed=POISON))
+            await here.until("d", poison)
+            here.scheduler.it.leave(WorkerId("e"), 0)
+            stream = here.dispatcher.generate(here.ask(max_tokens=20, seed=POISON))
+            first = await anext(stream)
+            here.scheduler.it.join(here.workers["e"].info, time.monotonic())
+            await here.workers["d"].wait_broken()
+            here.lose("d")
+            assert first.text + await _rest(stream) == expected
+            await here.bury("d")
+
+    run(test())
+
+
+def test_a_request_that_breaks_three_engines_is_given_up_whatever_it_says_in_between(house: House_) -> None:
+    async def test() -> None:
+        names = ("d", "e", "f", "g")
+        async with house("local", **dict.fromkeys(names, "decode")) as here:
+            expected = await here.text_of(here.ask(id="clean", max_tokens=20))
+            for name in names:
+                await here.until(name, poison)
+                asyncio.ensure_future(here.leave_when_broken(name))  # noqa: RUF006 (ends with the loop)
+            with pytest.raises(Internal, match=r"3 engines broke.*poison"):
+                await here.said(here.ask(max_tokens=200, seed=POISON))
+            broken = [name for name in names if here.workers[name]._broken.done()]
+            assert len(broken) == 3
+            assert await here.text_of(here.ask(id="after", max_tokens=20)) == expected
+            await here.bury(*broken)
 
     run(test())
 
