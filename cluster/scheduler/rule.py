@@ -21,15 +21,22 @@ WITHIN = 0.1
 """What a second counts for that keeps to the promise."""
 BEYOND = 10.0
 """What a second counts for that breaks it."""
+USUAL_WITHIN = 0.01
+"""What a second counts for, beside a second of work, where nobody promised anything."""
+USUAL_JUMP = 0.1
+"""What it counts for to wait longer than is usual, in parts of what is usual."""
+USUAL_BEYOND = 0.03
+"""What each second beyond that counts for."""
 
 
 def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy, usual: float | None) -> Array:
-    """`usual` stands for the promise where nobody made one: what most others keep to.
-
-    Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
+    """Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
     wish = shape.ttft_seconds if shape.ttft_seconds is not None else policy.ttft_seconds
-    wish = usual if wish is None else wish
-    return _weighed(estimate.first_token, wish) + estimate.compute
+    first_token = estimate.first_token
+    if wish is not None or usual is None:
+        return _weighed(first_token, wish) + estimate.compute
+    late = USUAL_JUMP * usual + USUAL_BEYOND * (first_token - usual)
+    return USUAL_WITHIN * first_token + (first_token > usual) * late + estimate.compute
 
 
 def decode_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Array:
@@ -44,8 +51,9 @@ def decode_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Arra
 
 
 def harm_cost(estimate: Estimate) -> Array:
-    """Of computing the prompt where others decode: each of them waits for it."""
-    return estimate.rows * estimate.prompt
+    """Of computing the prompt where others decode: each of them who still does when its turn comes waits for it."""
+    answer = estimate.answer_tokens * estimate.step
+    return estimate.rows * estimate.prompt * answer / (answer + estimate.wait)
 
 
 def _weighed(seconds: Array, wish: float | None) -> Array:

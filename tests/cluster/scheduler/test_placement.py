@@ -162,8 +162,8 @@ def test_a_hot_prefix_does_not_drown_the_worker_that_holds_it(cluster: Callable[
     some = cluster("p0 p1 d0")
     some.report("p0", stored=50)
     chosen = Counter(some.place(how="remote", counted=True).placement.prefill for _ in range(40))
-    # The other one fetches the prefix once, and computes as much as the one that has it.
-    assert max(chosen.values()) <= 22
+    # Once the wait is longer than is usual the other one fetches the prefix, and from then on they take turns.
+    assert max(chosen.values()) <= 28
 
 
 def test_a_burst_with_one_prefix_goes_where_the_first_of_it_went(cluster: Callable[[str], Cluster]) -> None:
