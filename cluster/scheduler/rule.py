@@ -27,6 +27,8 @@ USUAL_JUMP = 0.1
 """What it counts for to wait longer than is usual, in parts of what is usual."""
 USUAL_BEYOND = 0.03
 """What each second beyond that counts for."""
+_NO_WAIT = 1e-9
+"""Seconds: an answer of one token is decoded by nobody, whatever the wait."""
 
 
 def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy, usual: float | None) -> Array:
@@ -52,8 +54,8 @@ def decode_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Arra
 
 def harm_cost(estimate: Estimate) -> Array:
     """Of computing the prompt where others decode: each of them who still does when its turn comes waits for it."""
-    answer = estimate.answer_tokens * estimate.step
-    return estimate.rows * estimate.prompt * answer / (answer + estimate.wait)
+    decoding = (estimate.answer_tokens - 1.0) * estimate.step
+    return estimate.rows * estimate.prompt * decoding / (decoding + estimate.wait + _NO_WAIT)
 
 
 def _weighed(seconds: Array, wish: float | None) -> Array:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cluster.simulate.prefill_only import Placed
     from cluster.simulate.trace import Trace
+    from diptych.types import Eviction
 
 TRACE = "traces/mooncake_conversation.jsonl"
 # As placement_bound.py prints them: hit rate in percent, max/mean work, delay p50 and p99 in seconds.
@@ -56,6 +57,22 @@ def test_the_bound_is_one_pool_of_all_blocks(count: int, hits: float, shared: Ca
     """With plain recency; a better eviction is above it."""
     placed = bound(trace(shared(TRACE)), blocks(count), POLICIES["round_robin"]())
     assert round(100 * placed.hit_rate, 1) >= hits
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("count", "eviction", "hits", "p99"),
+    [(5_000, "lru", 28.5, 7.7), (5_000, "reuse", 29.5, 7.7), (20_000, "lru", 36.0, 7.1), (20_000, "reuse", 36.0, 7.1)],
+)
+def test_ours_has_nearly_the_hits_of_one_pool_and_even_work(
+    count: int, eviction: Eviction, hits: float, p99: float, shared: Callable[[str], Path]
+) -> None:
+    placed = place_all(trace(shared(TRACE)), blocks(count), Ours(queues=False), eviction)
+    print(f"\n{count:,} blocks: {placed}")
+    hit_rate, imbalance, _, delay_p99 = figures(placed)
+    assert hit_rate >= hits
+    assert delay_p99 <= p99
+    assert imbalance <= 1.05
 
 
 def test_ours_borrows_nothing_where_there_are_no_links(conversations: Trace) -> None:
