@@ -1,4 +1,4 @@
-"""`diptych drain`: a worker out of service, without losing a request. Knows the client, not how it is done."""
+"""`diptych drain`: a part out of service, without losing a request. Knows the client, not how it is done."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ def drain(worker: str, replace: bool, target: str) -> None:
 
     Returns when it has ended. Refused when nobody would be left to serve.
 
+    `front-0` and the like, and `scheduler`, can be given a successor (--replace): a front's is on its ports before it
+    ends the answers that it has begun; the command returns when the successor serves.
+
     \b
-    Example:
+    Examples:
       diptych drain decode-1
+      diptych drain front-0 --replace
     """
     with exit_codes(), Client(target) as client:
         done = client.drain(worker, replace=replace)
+    if worker == "scheduler" or worker.startswith("front-"):
+        click.echo(f"{worker} has a successor, {done.seconds:.1f} s")
+        return
     again = " and is back" if replace else ""
     answers = "1 answer" if done.moved == 1 else f"{done.moved} answers"
     click.echo(f"{worker} has ended{again}: {answers} went on elsewhere, {done.seconds:.1f} s")

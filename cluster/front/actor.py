@@ -119,8 +119,8 @@ class FrontActor:
         ports = {worker: (info, _RayWorker(info, handle, secret)) for worker, (info, handle) in workers.items()}
         await self._it.meet(ports)
 
-    async def open(self) -> Ports:
-        """Listen. Raises OSError when an address is taken."""
+    async def open(self, *, beside: bool = False) -> Ports:
+        """Listen. Raises OSError when an address is taken, unless it is `beside` one that is about to end."""
         from cluster.front.grpc_service import serve_grpc
         from cluster.front.http import serve_http
         from cluster.front.request_log import RequestLog
@@ -129,18 +129,25 @@ class FrontActor:
         log = RequestLog(self._it.text if self._spec.log_prompts else None)
         metrics = FrontMetrics(self._it.model_name)
         service = metrics.observed(self._it)
-        self._http = await serve_http(service, self._spec.http, metrics, log, grace_seconds=self._spec.grace_seconds)
-        self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc, log)
+        self._http = await serve_http(service, self._spec.http, metrics, log, beside=beside)
+        self._grpc, grpc_port = await serve_grpc(service, self._spec.grpc, log, beside=beside)
         return Ports(self._http.port, grpc_port)
 
     async def close(self) -> None:
         """No new requests; running ones have a grace, then they are told, and who does not listen is cut off."""
         self._desk.close()
+        await self._end(self._spec.grace_seconds)
+
+    async def retire(self, grace_seconds: int) -> None:
+        """As `close`, when there is a successor: operations that were asked for here go on, too."""
+        await self._end(grace_seconds)
+        self._desk.close()
+
+    async def _end(self, grace_seconds: int) -> None:
         if self._dispatcher:
-            told_seconds = _TOLD_SHARE * self._spec.grace_seconds
-            asyncio.get_running_loop().call_later(told_seconds, self._dispatcher.fail_all)
-        stopping = [server.stop(self._spec.grace_seconds) for server in [self._grpc] if server]
-        await asyncio.gather(*stopping, *(server.stop() for server in [self._http] if server))
+            asyncio.get_running_loop().call_later(_TOLD_SHARE * grace_seconds, self._dispatcher.fail_all)
+        servers = [server for server in (self._grpc, self._http) if server]
+        await asyncio.gather(*(server.stop(grace_seconds) for server in servers))
         if self._dispatcher:
             await self._dispatcher.close()
         if self._log:

@@ -35,6 +35,7 @@ from cluster.front.grpc_messages import (
     wanted_of,
 )
 from cluster.front.grpc_readable import Readable
+from cluster.front.listening import check_free
 from cluster.front.patience import Patience
 from cluster.front.request_log import RequestLog
 from cluster.front.wanted import check_token_ids
@@ -88,8 +89,8 @@ _SERVER_OPTIONS: Final = (
     # Clients may ping every 20 s, idle ones too.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Two fronts on one port would each get some of the calls: an address in use has to be an error.
-    ("grpc.so_reuseport", 0),
+    # For successors: who listens first has looked whether somebody else does (`check_free`).
+    ("grpc.so_reuseport", 1),
 )
 
 
@@ -232,17 +233,22 @@ def _new_id(kind: str = "req") -> str:
     return f"{kind}-{secrets.token_hex(16)}"
 
 
-async def serve_grpc(service: Service, host_port: str, log: RequestLog | None = None) -> tuple[grpc.aio.Server, int]:
-    """Listens on "host:port" (port 0: any) in the caller's event loop; the server and its port.
+async def serve_grpc(
+    service: Service, host_port: str, log: RequestLog | None = None, *, beside: bool = False
+) -> tuple[grpc.aio.Server, int]:
+    """Listens on "host:port" (port 0: any) in the caller's event loop, `beside` one that is about to end, perhaps.
 
+    Returns the server and its port.
     End it with `await server.stop(grace_seconds)`. Raises OSError when it can't listen.
     """
     log = log or RequestLog()
     server = grpc.aio.server(interceptors=(Readable(log),), options=_SERVER_OPTIONS)
     _add_services(service, log, server)
     try:
+        if not beside:
+            check_free(host_port)
         port = server.add_insecure_port(host_port)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise OSError(f"gRPC can't listen on {host_port}: is it in use? Choose another --grpc") from error
     await server.start()
     return server, port

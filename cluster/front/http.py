@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.front.errors import error_body, http_error
+from cluster.front.listening import check_free, split
 from cluster.front.openai_api import OpenAiApi, record_of, request_id_of
 from cluster.front.openapi import document
 from cluster.front.request_log import RequestLog
@@ -171,14 +172,14 @@ class HttpServer:
     """A running HTTP front."""
 
     port: int
-    grace_seconds: int
     _server: _EmbeddedServer
     _serving: asyncio.Task[None]
 
-    async def stop(self) -> None:
+    async def stop(self, grace_seconds: int = GRACE_SECONDS) -> None:
         """Takes no more requests, lets running ones go on for the grace period, then cancels them."""
+        self._server.config.timeout_graceful_shutdown = grace_seconds
         self._server.end()
-        await asyncio.wait_for(self._serving, self.grace_seconds + STOP_SECONDS)
+        await asyncio.wait_for(self._serving, grace_seconds + STOP_SECONDS)
         # uvicorn cancels requests without waiting; their generators still have to close.
         cancelled = [task for task in self._server.server_state.tasks if not task.done()]
         if cancelled:
@@ -191,30 +192,33 @@ async def serve_http(
     metrics: FrontMetrics | None = None,
     log: RequestLog | None = None,
     *,
-    grace_seconds: int = GRACE_SECONDS,
+    beside: bool = False,
 ) -> HttpServer:
-    """Listens on "host:port" (port 0: any) in the caller's event loop. Raises OSError when it can't."""
-    listener = _listen(host_port)
+    """Listens on "host:port" (port 0: any) in the caller's event loop. Raises OSError when it can't.
+
+    `beside` one that listens there and is about to end.
+    """
+    listener = _listen(host_port, beside=beside)
     config = uvicorn.Config(
         build_app(service, metrics, log),
         access_log=False,
         lifespan="off",
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=grace_seconds,
         ws="none",
     )
     server = _EmbeddedServer(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait_for(server.listening.wait(), STOP_SECONDS)
-    return HttpServer(listener.getsockname()[1], grace_seconds, server, serving)
+    return HttpServer(listener.getsockname()[1], server, serving)
 
 
-def _listen(host_port: str) -> socket.socket:
-    host, _, port = host_port.rpartition(":")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listen(host_port: str, *, beside: bool) -> socket.socket:
+    family, address = split(host_port)
     try:
-        listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=2048)
+        if not beside:
+            check_free(host_port)
+        listener = socket.create_server(address, family=family, backlog=2048, reuse_port=True)
         # asyncio sets it only where a socket names its protocol, which this one's don't: without it a
         # response's body waits for the acknowledgement of its head, up to 40 ms. Accepted ones inherit it.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

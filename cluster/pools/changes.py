@@ -1,4 +1,4 @@
-"""What operators change in a running cluster: a worker drained, another role, a pool's size. One change at a time.
+"""What operators change in a running cluster: a part drained, another role, a pool's size. One change at a time.
 
 Decides what may be done and in which order; the processes are its pools' to make, introduce and end.
 """
@@ -50,6 +50,15 @@ class House(Protocol):
 
     async def reintroduce(self) -> None:
         """Everyone learns of everyone as they are now."""
+        ...
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Parts that are no workers."""
+        ...
+
+    async def renew_other(self, who: str) -> None:
+        """Its successor serves before it ends, and it ends when nobody needs it any more."""
         ...
 
 
@@ -112,6 +121,8 @@ class Changes:
     # ---- the changes --------------------------------------------------------------------------------------
 
     async def _drain(self, wanted: DrainWorker) -> Changed:
+        if wanted.worker in self._house.others:
+            return await self._renew_other(wanted)
         part = self._part(wanted.worker)
         if not wanted.replace:
             self._check_served(_roles(self._others(part)), f"without {part.spec.id}")
@@ -120,6 +131,14 @@ class Changes:
         if wanted.replace:
             await self._house.renew(part)
         return Changed(seconds=0, moved=moved, ended=(part.spec.id,), started=(part.spec.id,) if wanted.replace else ())
+
+    async def _renew_other(self, wanted: DrainWorker) -> Changed:
+        if not wanted.replace:
+            raise InvalidRequest(
+                f"{wanted.worker} can't be done without: give it a successor (--replace)", param="worker"
+            )
+        await self._house.renew_other(wanted.worker)
+        return Changed(seconds=0, started=(wanted.worker,))
 
     async def _empty(self, part: WorkerPart) -> int:
         """Its answers go on elsewhere; how many. One that dies meanwhile has none any more."""
@@ -168,7 +187,7 @@ class Changes:
     def _part(self, worker: WorkerId) -> WorkerPart:
         part = self._house.workers.get(worker)
         if part is None:
-            known = ", ".join(self._house.workers)
+            known = ", ".join([*self._house.workers, *self._house.others])
             raise InvalidRequest(f"no worker {worker!r} here, but {known}", param="worker")
         if part.info is None or part.retiring:
             raise InvalidRequest(f"{worker} is not up: it is starting, draining or lost", param="worker")

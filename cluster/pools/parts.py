@@ -36,6 +36,11 @@ class FrontPart:
     lost: bool = False
 
     @property
+    def place(self) -> str:
+        """What operators call it."""
+        return f"front-{self.number}"
+
+    @property
     def id(self) -> FrontId:
         """Another one for each process: workers must not mistake a new front for the one that died."""
-        return FrontId(f"front-{self.number}" + (f".{self.incarnation}" if self.incarnation else ""))
+        return FrontId(self.place + (f".{self.incarnation}" if self.incarnation else ""))

@@ -26,13 +26,14 @@ from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
 from cluster.pools.room import Room, wait_room
 from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
-from diptych.errors import Internal, ServingError
+from diptych.errors import Internal, InvalidRequest, ServingError
 from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo, WorkerSpec
 from workers.actors import answer
 
 _START_SECONDS = 600.0
 """Loading a large model takes minutes; forever it may not take."""
 _CALL_SECONDS = 30.0
+_SCHEDULER = "scheduler"
 _END_SECONDS = 2.0
 """How long killed processes may take to be gone."""
 
@@ -156,6 +157,45 @@ class Pools:
         await self._bounded(end(part.handle), part.spec.id, _END_SECONDS)
         self._say(f"{part.spec.id} was drained and has ended")
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        return (_SCHEDULER, *(front.place for front in self._fronts))
+
+    async def renew_other(self, who: str) -> None:
+        if who == _SCHEDULER:
+            before, self._scheduler = self._scheduler, self._make.scheduler()
+            await self._install_scheduler()
+            await self._bounded(end(before), who, _END_SECONDS)
+            self._say(f"{who} was replaced")
+            return
+        [front] = (front for front in self._fronts if front.place == who)
+        if not front.prepared:
+            raise InvalidRequest(f"{who} is not up: it is starting or lost", param="worker")
+        await self._renew_front(front)
+
+    async def _renew_front(self, front: FrontPart) -> None:
+        before = replace(front)
+        front.incarnation += 1
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await self._prepare_front(front)
+                await answer(front.handle.meet.remote(self._up()), front.id)
+                await answer(front.handle.open.remote(beside=True), front.id)
+        except (ServingError, TimeoutError) as error:
+            ray.kill(front.handle)  # pyright: ignore[reportUnknownMemberType]
+            front.handle, front.pid, front.prepared = before.handle, before.pid, True
+            raise Internal(f"{front.id} did not start: {error}") from error
+        self._watch(self._retire_front(before))
+        self._say(f"{front.id} takes over from {before.id}, which ends its answers")
+
+    async def _retire_front(self, front: FrontPart) -> None:
+        grace = round(self._config.cluster.drain_seconds)
+        await self._bounded(front.handle.retire.remote(grace), front.id, grace + _CALL_SECONDS)
+        await self._bounded(end(front.handle), front.id, _END_SECONDS)
+        leaves = [worker.handle.front_left.remote(front.id) for worker in self._workers.values() if worker.info]
+        await self._all_bounded(leaves, "a worker", _CALL_SECONDS)
+        self._say(f"{front.id} has ended")
+
     async def _begin(self, part: WorkerPart) -> None:
         await self._start_worker(part)
         await self.reintroduce()
@@ -239,8 +279,10 @@ class Pools:
 
     async def _keep_front(self, front: FrontPart) -> None:
         while front.prepared:
-            pulse = pulse_of(front.handle, front.id)
-            how = await wait_end(front.handle, front.id, pulse, self._patience_seconds, front.pid)
+            handle, who = front.handle, front.id
+            how = await wait_end(handle, who, pulse_of(handle, who), self._patience_seconds, front.pid)
+            if front.handle is not handle:
+                continue  # it has a successor
             front.prepared = False
             self._say(f"{front.id} {how}; its requests are cancelled", "warning")
             leaves = [worker.handle.front_left.remote(front.id) for worker in self._workers.values() if worker.info]
@@ -270,18 +312,24 @@ class Pools:
 
     async def _keep_scheduler(self) -> None:
         while True:
-            who = "the scheduler"
-            how = await wait_end(self._scheduler, who, pulse_of(self._scheduler, who), self._patience_seconds, None)
+            who, handle = "the scheduler", self._scheduler
+            how = await wait_end(handle, who, pulse_of(handle, who), self._patience_seconds, None)
+            if self._scheduler is not handle:
+                continue  # it has a successor
             self._say(f"{who} {how}; requests under way go on", "warning")
             self._scheduler_deaths.add(time.monotonic())
             if self._scheduler_deaths.too_many:
                 return self._break(f"{who} died {self._scheduler_deaths}")
             self._scheduler = self._make.scheduler()
-            joins = [self._join(worker) for worker in self._workers.values() if worker.info and not worker.retiring]
-            await self._all_bounded(joins, who, _CALL_SECONDS)
-            tells = [front.handle.use_scheduler.remote(self._scheduler) for front in self._fronts if front.prepared]
-            await self._all_bounded(tells, "a front", _CALL_SECONDS)
+            await self._install_scheduler()
             self._say(f"{who} is up again")
+
+    async def _install_scheduler(self) -> None:
+        """It knows all workers before anybody asks it; who waited at the one before asks again."""
+        joins = [self._join(worker) for worker in self._workers.values() if worker.info and not worker.retiring]
+        await self._all_bounded(joins, "the scheduler", _CALL_SECONDS)
+        tells = [front.handle.use_scheduler.remote(self._scheduler) for front in self._fronts if front.prepared]
+        await self._all_bounded(tells, "a front", _CALL_SECONDS)
 
     # ---- everyone -----------------------------------------------------------------------------------------
 

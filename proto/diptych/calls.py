@@ -165,7 +165,8 @@ def raised_by_the_front(error: grpc.RpcError, target: str) -> Exception:
         return raised
     if ended.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(ended.details())
-    if ended.code() is grpc.StatusCode.UNAVAILABLE:
+    # Who cancels a call itself does not look at its end: here it was a server that stops.
+    if ended.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return Unreachable(f"{target} hung up: {ended.details()}")
     return error
 

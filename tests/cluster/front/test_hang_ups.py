@@ -126,13 +126,13 @@ def test_a_running_requests_id_is_taken_until_it_ends(wire: Wire, client: Client
 
 def test_stopping_the_http_server_ends_a_running_stream_in_bounded_time(wire: Wire, service: ScriptedService) -> None:
     service.hold_at = 2
-    server = wire.run(serve_http(service, "127.0.0.1:0", grace_seconds=1))
+    server = wire.run(serve_http(service, "127.0.0.1:0"))
     body = {"model": "tiny", "prompt": "hello", "stream": True}
     url = f"http://127.0.0.1:{server.port}/v1/completions"
     with httpx.Client(timeout=30) as client, client.stream("POST", url, json=body) as response:
         assert response.status_code == 200
         service.held.get(timeout=WAIT_SECONDS)
-        wire.run(server.stop())
+        wire.run(server.stop(1))
     wait_closed(service)
     with pytest.raises(httpx.ConnectError):
         httpx.post(url, json=body)

@@ -254,7 +254,7 @@ def test_the_version_is_the_packages(wire: Wire) -> None:
 
 
 def test_a_connections_bytes_leave_at_once() -> None:
-    with _listen("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+    with _listen("127.0.0.1:0", beside=False) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
