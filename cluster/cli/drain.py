@@ -21,7 +21,7 @@ def drain(worker: str, replace: bool, target: str) -> None:
     ends the answers that it has begun; the command returns when the successor serves.
 
     \b
-    Examples:
+    Example:
       diptych drain decode-1
       diptych drain front-0 --replace
     """
