@@ -3,11 +3,13 @@
 
 ARGS ?=
 PYTEST_ARGS ?=
+REQUESTS ?= 10000
+DEATHS ?= 100
 PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-cold bench-faults bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,7 +42,10 @@ bench-cold: install ## From the command to the first token, vLLM-CPU beside; ARG
 	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/cold.py $(ARGS)
 
 bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
-	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults/test_matrix.py $(PYTEST_ARGS)
+
+bench-soak: install ## Worker after worker dies under load; REQUESTS=500 DEATHS=5 for a short one
+	@SOAK_REQUESTS=$(REQUESTS) SOAK_DEATHS=$(DEATHS) exec $(BIN)/python -m pytest -q -s -m full tests/e2e/faults/test_soak.py $(PYTEST_ARGS)
 
 bench-interference: install ## Decoding streams while long prompts arrive; ARGS="--servers 'aggregated;vllm'"
 	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/interference.py $(ARGS)
