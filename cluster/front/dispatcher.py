@@ -27,7 +27,7 @@ from cluster.front.scheduler_calls import SchedulerSilent
 from cluster.front.service import Ask, Delta
 from cluster.observe.spans import Spans
 from cluster.scheduler.costs import RequestShape, Rule
-from diptych.errors import DeadlineExceeded, Draining, Overloaded, ServingError, WorkerLost
+from diptych.errors import DeadlineExceeded, Draining, NoWorker, Overloaded, ServingError, WorkerLost
 from diptych.hashing import granule_hashes, tenant_root
 from diptych.types import (
     BlockHash,
@@ -291,27 +291,35 @@ class Dispatcher:
                 if inbox.spoke:
                     return  # only its word that it has the request was lost
                 self._again(life, error)
-                await self._pause(life, error)  # it may be placed there until all know
+                if isinstance(error, Draining):  # it may be placed there until all know
+                    await self._pause(life, error)
             else:
                 return
 
     async def _place(self, life: Life, request: Request) -> Placement:
-        """Raises Overloaded for a new request; one that was placed before waits for a worker to come back."""
+        """Raises Overloaded for a new request; one that was placed before waits for a worker to come back.
+
+        So does a new one for a while, where those who decode are only late with their reports.
+        """
         while True:
             try:
                 placement = await self._turn(_shape(life.ask, request))
             except Overloaded as error:
-                if not life.losses:
+                if life.losses:
+                    await self._pause(life, error)
+                elif isinstance(error, NoWorker) and self.ready:
+                    await self._pause(life, error, _PATIENCES * self._identity.patience_seconds)
+                else:
                     raise
-                await self._pause(life, error)
             else:
                 life.watch.placed()
                 return placement
 
-    async def _pause(self, life: Life, error: ServingError) -> None:
+    async def _pause(self, life: Life, error: ServingError, most_seconds: float | None = None) -> None:
         """Until the workers change, or a moment. Raises `error` when that has gone on for too long."""
         now = asyncio.get_running_loop().time()
-        life.wait(now, now + self._identity.recovery_seconds, error)
+        seconds = self._identity.recovery_seconds if most_seconds is None else most_seconds
+        life.wait(now, now + seconds, error)
         with suppress(TimeoutError):
             await self._patience.wait(self._changed.wait(), _PAUSE_SECONDS)
 

@@ -791,6 +791,22 @@ def test_without_a_worker_the_client_hears_it(house: House_) -> None:
     run(test())
 
 
+def test_a_new_request_waits_for_workers_whose_reports_are_late(house: House_) -> None:
+    async def test() -> None:
+        async with house("local", d="decode") as here:
+            here.scheduler.it.leave(WorkerId("d"), 0)
+            answer = asyncio.ensure_future(here.text_of(here.ask("abc")))
+            await asyncio.sleep(0.05)
+            assert not answer.done()
+            here.scheduler.it.join(here.workers["d"].info, time.monotonic())
+            assert await answer == "abc"
+            here.scheduler.it.leave(WorkerId("d"), 0)
+            with pytest.raises(NoWorker):  # but not for ever
+                await here.said(here.ask())
+
+    run(test())
+
+
 def test_many_at_once_each_get_their_own(house: House_) -> None:
     async def test() -> None:
         async with house("auto", p="prefill", d="decode", m="mixed") as here:

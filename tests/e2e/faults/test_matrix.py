@@ -166,7 +166,10 @@ class Hall:
         self.cluster.at_rest()
 
     def _all_are_up(self) -> bool:
-        workers = self.workers(1)
+        try:
+            workers = self.workers(1)
+        except ServingError:
+            return False  # the scheduler is stuck
         return len(workers) == 4 and all(worker.alive for worker in workers.values())
 
 
@@ -186,7 +189,7 @@ def only(processes: Iterator[psutil.Process]) -> int:
 def title(process: psutil.Process) -> str:
     """Empty when it has ended meanwhile."""
     try:
-        return process.cmdline()[0]
+        return next(iter(process.cmdline()), "")
     except psutil.Error:
         return ""
 
