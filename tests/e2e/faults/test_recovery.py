@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from diptych import Client
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -47,11 +49,11 @@ def computed(cluster: Cluster) -> int:
 class Stream:
     """One answer, read until some tokens after the strike."""
 
-    def __init__(self, cluster: Cluster, prompt: list[int], struck: Event) -> None:
+    def __init__(self, client: Client, prompt: list[int], struck: Event) -> None:
         self.heard = 0
         self.longest_pause_seconds = 0.0
         """After the strike."""
-        self._told = cluster.client.generate(tokens=prompt, max_tokens=MOST, ignore_eos=True, temperature=0)
+        self._told = client.generate(tokens=prompt, max_tokens=MOST, ignore_eos=True, temperature=0)
         self._struck = struck
 
     def read(self) -> None:
@@ -69,11 +71,13 @@ class Stream:
 
 def test_a_fifth_of_it_at_most_is_computed_again(three: Cluster) -> None:
     dice, struck = random.Random(3), Event()
-    streams = [Stream(three, dice.choices(range(1000, 40_000), k=PROMPT), struck) for _ in range(STREAMS)]
+    client = Client(three.grpc, timeout_seconds=WAIT_SECONDS)
+    streams = [Stream(client, dice.choices(range(1000, 40_000), k=PROMPT), struck) for _ in range(STREAMS)]
     with ThreadPoolExecutor(STREAMS) as threads:
         running = [threads.submit(stream.read) for stream in streams]
         while min(stream.heard for stream in streams) < BEFORE:
-            assert not any(each.done() for each in running), "nobody has ended yet"
+            over = [each.exception() for each in running if each.done()]
+            assert not over, f"answers ended before all had come so far: {over}"
             time.sleep(0.05)
         status = three.client.status()
         victim = max(
@@ -96,4 +100,5 @@ def test_a_fifth_of_it_at_most_is_computed_again(three: Cluster) -> None:
     )
     assert lost >= STREAMS // 4
     assert 0 < again <= everything / 5
+    client.close()
     three.at_rest()
