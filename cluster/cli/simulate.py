@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from cluster.simulate.trace import Trace
 
 _NAMES = ("round_robin", "least_loaded", "longest_prefix", "queue_plus_uncached", "dynamo", "llm-d", "ours")
+_SHARDED = ("ours-2", "ours-4", "ours-8")
 _MODES = "cluster, or placement: prefill alone."
-_POLICIES = "ours, dynamo, …; else all."
 _PIPE_COLUMNS = 200
 _KILL = re.compile(r"(?P<worker>[a-z]+-\d+)@(?P<at>[\d.]+)(\+(?P<absent>[\d.]+))?")
 
@@ -31,7 +31,12 @@ _KILL = re.compile(r"(?P<worker>[a-z]+-\d+)@(?P<at>[\d.]+)(\+(?P<absent>[\d.]+))
 @click.argument("trace")
 @click.option("--mode", type=click.Choice(("cluster", "placement")), metavar="M", default="cluster", help=_MODES)
 @click.option(
-    "--policy", "names", type=click.Choice(_NAMES), metavar="NAME", multiple=True, help="ours, dynamo, …; else all."
+    "--policy",
+    "names",
+    type=click.Choice((*_NAMES, *_SHARDED)),
+    metavar="NAME",
+    multiple=True,
+    help="ours, dynamo, …; else all.",
 )
 @click.option("--speeds", metavar="S,S", help="How much faster than recorded; else 1.")
 @click.option("--highest", is_flag=True, help="Find the highest speed that keeps the SLO.")
@@ -116,12 +121,12 @@ def _place(trace: Trace, constants: Constants, names: Sequence[str], json_file: 
 
 
 def _plan(comparison: Comparison, name: str, speeds: Sequence[float], json_file: Path | None) -> None:
-    from cluster.simulate.compare import POLICIES
+    from cluster.simulate.compare import MAKERS
     from cluster.simulate.plan import TooMuch, plan
     from cluster.simulate.tables import plan_json, plan_table
 
     try:
-        plans = [plan(comparison, POLICIES[name], speed) for speed in speeds]
+        plans = [plan(comparison, MAKERS[name], speed) for speed in speeds]
     except TooMuch as error:
         raise click.ClickException(str(error)) from error
     trace, slo, console = comparison.trace, comparison.constants.slo, _console()

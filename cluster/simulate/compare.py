@@ -13,6 +13,7 @@ from cluster.simulate.cluster import VirtualCluster
 from cluster.simulate.ours import Ours
 from cluster.simulate.prefill_only import Placed, bound, place_all
 from cluster.simulate.run import Kill
+from cluster.simulate.sharded import SHARDED
 from cluster.simulate.summary import Summary, is_good, summarise
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from cluster.simulate.trace import Trace
 
 POLICIES: dict[str, Maker] = {**{each.name: each for each in BASELINES}, Ours.name: Ours}
+"""What is compared unless somebody names others."""
+MAKERS: dict[str, Maker] = POLICIES | SHARDED
 _VARIANTS = {each.name: each.variants for each in BASELINES}
 _PRECISION = 1.02
 """The highest speed is found to so much."""
@@ -117,7 +120,7 @@ def compare(
     """Each policy at each of `speeds`, and at the highest speed it bears."""
     guess = max(speeds, default=8.0)
     for name in names:
-        maker = POLICIES[name]
+        maker = MAKERS[name]
         if highest or tune:
             bears = comparison.highest_speed(maker, guess)
             if tune and name in _VARIANTS and len(list(_VARIANTS[name]())) > 1:
@@ -138,7 +141,7 @@ def placements(
     for name in names:
         tell(f"{name} places")
         if name != Ours.name:
-            yield place_all(trace, constants, POLICIES[name]())
+            yield place_all(trace, constants, MAKERS[name]())
             continue
         for eviction in ("lru", "reuse"):
             yield place_all(trace, constants, Ours(queues=False), eviction)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.simulate.cluster import VirtualCluster
-from cluster.simulate.compare import POLICIES
+from cluster.simulate.compare import MAKERS
 from cluster.simulate.constants import Constants, Workers
 from cluster.simulate.readers import read_trace
 from cluster.simulate.run import Kill
@@ -23,14 +23,14 @@ KILLS = (Kill(worker=WorkerId("decode-0"), at=3.0), Kill(worker=WorkerId("prefil
 
 
 def run(trace: Trace, constants: Constants, policy: str, *, speed: float = 1.0, kills: tuple[Kill, ...] = ()) -> Run:
-    cluster = VirtualCluster(trace, constants, POLICIES[policy](), speed=speed, kills=kills)
+    cluster = VirtualCluster(trace, constants, MAKERS[policy](), speed=speed, kills=kills)
     done = cluster.run()
     cluster.check()
     return done
 
 
 @pytest.mark.parametrize("kills", [(), KILLS], ids=["whole", "with deaths"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MAKERS)
 def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
     conversations: Trace, small: Constants, policy: str, kills: tuple[Kill, ...]
 ) -> None:
