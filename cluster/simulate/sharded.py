@@ -1,7 +1,8 @@
-"""Several schedulers, each for the prompts whose first block hashes to it: what a cluster too large for one would have.
+"""Several schedulers, each for the prompts whose beginning hashes to it: what a cluster too large for one would have.
 
-All hear every worker's reports; none hears of what another placed before a report shows it. Prompts that
-share a prefix share a scheduler, so what is cached, promised and hot is known where it is asked for.
+All hear every worker's reports; none hears of what another placed before a report shows it. Prompts that share more
+than a system prompt share a scheduler, so what is promised there is known where it is asked for. The first block alone
+would not do: in Mooncake's conversations it is the same for all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from diptych.types import Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
 
 COUNTS = (2, 4, 8)
+BEGINNING = 64
+"""Granules of a prompt that say whose it is: 1,024 tokens."""
 
 
 class Sharded:
@@ -46,8 +49,8 @@ class Sharded:
         return any(needs_full)
 
     def submit(self, shape: RequestShape, now: float) -> Placement | None:
-        first = shape.granules[0] if shape.granules else shape.request.encode()
-        shard = self._shards[int.from_bytes(first[:8], "big") % len(self._shards)]
+        names = shape.granules[:BEGINNING]
+        shard = self._shards[int.from_bytes(names[-1][:8] if names else b"", "big") % len(self._shards)]
         self._asked[shape.request] = shard
         return shard.submit(shape, now)
 
