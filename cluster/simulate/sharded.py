@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
+from zlib import crc32
 
 from cluster.simulate.ours import Ours
 
@@ -50,7 +51,7 @@ class Sharded:
 
     def submit(self, shape: RequestShape, now: float) -> Placement | None:
         names = shape.granules[:BEGINNING]
-        shard = self._shards[int.from_bytes(names[-1][:8] if names else b"", "big") % len(self._shards)]
+        shard = self._shards[crc32(names[-1] if names else b"") % len(self._shards)]
         self._asked[shape.request] = shard
         return shard.submit(shape, now)
 
