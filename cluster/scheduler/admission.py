@@ -201,6 +201,11 @@ class Admission:
         least = self._deadlines.least()
         return None if least is None else least[0]
 
+    @property
+    def queued_seconds(self) -> float:
+        """Predicted work of all who wait."""
+        return sum(queue.seconds for queue in self._queues)
+
     def counts(self, now: float) -> tuple[ClassCounts, ...]:
         """Of each class."""
         return tuple(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.scheduler.admission import CLASSES, Admission, AdmissionPolicy, ClassCounts, Turn, rank_of
+from cluster.scheduler.autoscaler import Autoscaler, AutoscalePolicy, Decision as Rescaling
 from cluster.scheduler.charges import Charges
 from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.events import (
@@ -25,6 +26,7 @@ from cluster.scheduler.explain import kept
 from cluster.scheduler.forecast import LearnedForecast
 from cluster.scheduler.gate import NEVER, Gate
 from cluster.scheduler.placement import Decision, place
+from cluster.scheduler.pressure import pressure
 from cluster.scheduler.records import RECORDS, Records
 from cluster.scheduler.view import ClusterView, WorkerView
 from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingError
@@ -70,6 +72,8 @@ class SchedulerSpec:
     """Between a busy worker's reports, until that was seen."""
     records: int = RECORDS
     """Requests whose decisions are kept."""
+    autoscale: AutoscalePolicy | None = None
+    """None: roles and workers stay as they are."""
 
 
 class Scheduler:
@@ -83,6 +87,9 @@ class Scheduler:
         self._admission = Admission(spec.admission)
         self._charges = Charges(self._admission)
         self._records = Records(spec.records)
+        self._autoscaler = Autoscaler(spec.autoscale) if spec.autoscale else None
+        self._placed_seconds = 0.0
+        """Work of all prompts placed, as predicted."""
         self._without_workers: float | None = None
         """Since when nobody can be placed though somebody waits."""
 
@@ -201,6 +208,26 @@ class Scheduler:
             self._view.apply(TimePassed(at=now))
             return self._placed(place(self._view, shape, self._spec.policy, now), shape, rank_of(shape.priority), now)
 
+    # ---- roles ------------------------------------------------------------------------------------------
+
+    def rescale(self, now: float) -> Rescaling:
+        """What its owner is to change now; nothing where nobody autoscales."""
+        if self._autoscaler is None:
+            return Rescaling()
+        self._view.apply(TimePassed(at=now))
+        queued = self._admission.queued_seconds
+        return self._autoscaler.decide(
+            pressure(
+                self._view,
+                now,
+                asked_seconds=self._placed_seconds + queued,
+                queued_seconds=queued,
+                ttft_seconds=self._spec.admission.ttft_seconds,
+                itl_seconds=self._autoscaler.policy.itl_seconds,
+                max_running=self._spec.max_running,
+            )
+        )
+
     # ---- seen ---------------------------------------------------------------------------------------------
 
     def explain(self, request: str, now: float) -> tuple[Explanation, ...]:
@@ -218,6 +245,7 @@ class Scheduler:
             index_blocks=self._view.index_blocks,
             accuracy=self._records.accuracy,
             queues=tuple(map(_queue_status, CLASSES, self._admission.counts(now))),
+            autoscale=self._autoscaler.status if self._autoscaler else None,
         )
 
     def check(self) -> None:
@@ -262,6 +290,7 @@ class Scheduler:
 
     def _placed(self, decision: Decision, shape: RequestShape, rank: int, now: float) -> Placement:
         placed, self._without_workers = decision.placed, None
+        self._placed_seconds += placed.seconds
         self._gate.placed(placed)
         self._charges.placed(shape, placed.seconds, self._forecast.token_seconds())
         self._view.apply(placed)

@@ -114,6 +114,11 @@ class VirtualSequence(Sequence):
         return self.known_names[: len(self.tokens) // self.block_size]
 
     @property
+    def generated(self) -> int:
+        """As any sequence's, which no attempt goes on with: nothing was said before. Asked for at every row."""
+        return len(self.tokens) - len(self.request.tokens)
+
+    @property
     def wanted(self) -> int:
         """Tokens still to generate."""
         return self.request.params.max_tokens - self.generated

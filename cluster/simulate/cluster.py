@@ -15,7 +15,7 @@ from cluster.simulate.clock import Clock
 from cluster.simulate.fleet import worker_info
 from cluster.simulate.hand_off import Borrowing, HandOff, Wires
 from cluster.simulate.links import Links
-from cluster.simulate.run import Kill, Look, Run
+from cluster.simulate.run import Kill, Look, RoleChange, Run
 from cluster.simulate.worker import VirtualWorker
 from diptych.errors import ServingError
 from diptych.types import Outcome, Placement, RequestId, WorkerId
@@ -67,6 +67,7 @@ class VirtualCluster:
         self._look_seconds = max(trace.seconds / speed, 1.0) / _LOOKS
         self._next_turn: float | None = None
         self._stopped = False
+        self._role_changes: list[RoleChange] = []
         for info in worker_info(constants, trace.block_tokens):
             self._join(info)
         for asked in self._asked.values():
@@ -78,6 +79,7 @@ class VirtualCluster:
         """Until every request ended."""
         self._beat()
         self._look()
+        self._rescale()
         self._clock.run()
         assert self._stopped or not self._open, f"{self._open} requests never ended"
         workers = tuple(self._workers.values())
@@ -87,6 +89,7 @@ class VirtualCluster:
             tokens_emitted=tuple(worker.tokens_emitted for worker in workers),
             busy_seconds=tuple(worker.busy_seconds for worker in workers),
             looks=tuple(self._looks),
+            role_changes=tuple(self._role_changes),
             seconds=max((asked.ended or 0.0 for asked in self._asked.values()), default=0.0),
         )
 
@@ -311,6 +314,18 @@ class VirtualCluster:
             for worker in self._workers.values():
                 worker.beat()
             self._clock.after(HEARTBEAT_SECONDS, self._beat)
+
+    def _rescale(self) -> None:
+        """As the policy's autoscaler wants it, if it has one."""
+        seconds = self._constants.autoscale.interval_seconds
+        for wanted in self._policy.rescale(self._clock.now) if self._open else ():
+            worker = self._workers[wanted.worker]
+            self._role_changes.append(RoleChange(self._clock.now, worker.id, worker.info.role, wanted.role))
+            worker.set_role(wanted.role)
+            self._policy.set_role(worker.id, worker.info.epoch, wanted.role)
+        if self._open and self._constants.autoscale.enabled:
+            self._advance()
+            self._clock.after(seconds, self._rescale)
 
     def _look(self) -> None:
         workers = self._workers.values()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.simulate.baselines import BASELINES
 from cluster.simulate.cluster import VirtualCluster
-from cluster.simulate.ours import Ours
+from cluster.simulate.ours import Ours, ours
 from cluster.simulate.prefill_only import Placed, bound, place_all
 from cluster.simulate.run import Kill
 from cluster.simulate.sharded import SHARDED
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cluster.simulate.asked import Asked
     from cluster.simulate.constants import Constants
-    from cluster.simulate.policy import Maker
+    from cluster.simulate.policy import Maker, Policy
     from cluster.simulate.run import Run
     from cluster.simulate.trace import Trace
 
@@ -59,9 +59,13 @@ class Comparison:
     tell: Callable[[str], None]
     """Progress, a line each."""
 
+    def make(self, maker: Maker) -> Policy:
+        """Ours is as the constants have it."""
+        return ours(self.constants) if maker is Ours else maker()
+
     def at(self, maker: Maker, speed: float, *, highest: bool = False) -> Result:
         """One whole run."""
-        policy = maker()
+        policy = self.make(maker)
         self.tell(f"{policy.name} at {speed:.4g}x")
         cluster = VirtualCluster(self.trace, self.constants, policy, speed=speed, kills=self.kills)
         run = cluster.run()
@@ -81,7 +85,7 @@ class Comparison:
             bad += not is_good(asked, self.constants.slo)
             return bad > spare
 
-        policy = maker()
+        policy = self.make(maker)
         cluster = VirtualCluster(
             self.trace, self.constants, policy, speed=speed, kills=self.kills, is_hopeless=is_hopeless
         )

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -97,6 +97,18 @@ class Placement(_Part):
     tokens_per_second: Positive = 12_000.0
 
 
+class Autoscale(_Part):
+    """Whether roles follow the load; what is not here is as in a real cluster."""
+
+    enabled: bool = False
+    interval_seconds: Positive = 1.0
+    busy: Positive = 0.85
+    window_seconds: Positive = 4.0
+    hold_seconds: NotNegative = 2.0
+    settle_seconds: NotNegative = 30.0
+    decode_per_prefill: NotNegative = 0.25
+
+
 class Constants(_Part):
     """Everything about the cluster but who decides."""
 
@@ -111,6 +123,10 @@ class Constants(_Part):
     trace: TraceHints = TraceHints()
     slo: Slo = Slo()
     placement: Placement = Placement()
+    how: Literal["auto", "remote", "local"] = "auto"
+    """`placement.how` of ours."""
+    autoscale: Autoscale = Autoscale()
+    """Of ours."""
     prefill_chunk_tokens: AtLeastOne = 2048
     """Prompt tokens in one step of a prefill worker."""
     decode_chunk_tokens: AtLeastOne = 512

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from cluster.scheduler.costs import RequestShape
     from diptych.errors import ServingError
-    from diptych.types import Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
+    from diptych.types import Outcome, Placement, Report, RequestId, Role, SetWorkerRole, WorkerId, WorkerInfo
 
 Maker: TypeAlias = "Callable[[], Policy]"
 """A policy serves one run."""
@@ -44,6 +44,13 @@ class Policy(Protocol):
 
     def next_turn(self, now: float) -> float | None:
         """When to ask `advance` if nothing happens before."""
+
+    def rescale(self, now: float) -> Sequence[SetWorkerRole]:
+        """What its autoscaler wants changed; nothing without one."""
+        ...
+
+    def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
+        """What was wanted is done."""
 
     def spoke(self, request: RequestId, now: float) -> None:
         """Its first token came: its prompt is computed."""

@@ -101,6 +101,14 @@ class Router:
         self._index.add(info.id, info.layout.block_size)
         self._workers[info.id] = Known(info, Load(blocks_free=info.blocks))
 
+    def rescale(self, now: float) -> Sequence[SetWorkerRole]:
+        """They don't."""
+        del now
+        return ()
+
+    def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
+        """Nobody asks for it."""
+
     def leave(self, worker: WorkerId, epoch: int, now: float) -> None:
         del now
         if worker in self._workers and self._workers[worker].info.epoch == epoch:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cluster.simulate.asked import Asked
-    from diptych.types import WorkerId, WorkerInfo
+    from diptych.types import Role, WorkerId, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +31,28 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleChange:
+    """A worker does something else from then on."""
+
+    at: float
+    worker: WorkerId
+    before: Role
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """What came of a simulation."""
 
     asked: tuple[Asked, ...]
     workers: tuple[WorkerInfo, ...]
+    """In their last roles."""
     tokens_emitted: tuple[int, ...]
     """By each worker, in the order of `workers`."""
     busy_seconds: tuple[float, ...]
     """Of each worker, computing."""
     looks: tuple[Look, ...]
+    role_changes: tuple[RoleChange, ...]
+    """By rising time."""
     seconds: float
     """Virtual, until the last request ended."""

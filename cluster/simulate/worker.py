@@ -6,7 +6,7 @@ as far as nothing changes; whatever arrives meanwhile takes effect when the step
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
 from cluster.simulate.rates import Leap, StepRates, sample_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cluster.simulate.asked import VirtualSequence
     from cluster.simulate.clock import Clock, Planned
     from cluster.simulate.constants import Constants
-    from diptych.types import Report, TransferSample, WorkerInfo
+    from diptych.types import Report, Role, TransferSample, WorkerInfo
     from workers.engine.sequence import Sequence
 
 
@@ -65,13 +65,16 @@ class VirtualWorker:
         self.pool = BlockPool(info.blocks, eviction=constants.eviction)
         self.tokens_emitted = 0
         self.busy_seconds = 0.0
-        chunk = constants.prefill_chunk_tokens if info.role == "prefill" else constants.decode_chunk_tokens
+        self._constants = constants
+        self._ends_answers = False
+        """A prefill worker that decoded before, and still does."""
         self._batcher = Batcher(
             self.pool,
             block_size=info.layout.block_size,
-            max_batch_tokens=chunk,
+            max_batch_tokens=constants.prefill_chunk_tokens,
             max_running=constants.max_decode_batch,
         )
+        self._limit_steps()
         self._rates = StepRates(constants)
         self._clock = clock
         self._listener = listener
@@ -83,6 +86,12 @@ class VirtualWorker:
         """While they are computed."""
 
     # ---- what others ask ------------------------------------------------------------------------
+
+    def set_role(self, role: Role) -> None:
+        """What it does from now on; what it has begun it ends."""
+        self.info = replace(self.info, role=role)
+        self._limit_steps()
+        self.wake()
 
     def add(self, sequence: Sequence) -> None:
         """Queue it."""
@@ -183,7 +192,16 @@ class VirtualWorker:
 
     # ---- a step -------------------------------------------------------------------------------------
 
+    def _limit_steps(self) -> None:
+        """By its role; a prefill worker that has answers left from before has smaller steps until they end."""
+        alone = self.info.role == "prefill"
+        self._ends_answers = alone and any(sequence.task != "prefill" for sequence in self._batcher.running)
+        told = self._constants
+        self._batcher.limit(told.prefill_chunk_tokens if alone and not self._ends_answers else told.decode_chunk_tokens)
+
     def _begin(self) -> None:
+        if self._ends_answers:
+            self._limit_steps()
         plan = self._batcher.plan()
         while plan.preempted and not plan.computing:
             plan = self._batcher.plan()

@@ -741,6 +741,21 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscaleStatus:
+    """What the autoscaler wants, and what it did. Totals only ever grow."""
+
+    dry_run: bool
+    wanted: tuple[tuple[Role, int], ...]
+    """Workers of each role."""
+    changes: tuple[tuple[str, int], ...]
+    """Workers that got another role, came or went, by why; what would have been, in a dry run."""
+    reversals: int
+    """Moves of roles in the direction opposite to the last one's."""
+    words: str
+    """The last change and its reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """What `diptych status`, `/metrics` and readiness are made of."""
 
@@ -756,3 +771,5 @@ class ClusterStatus:
     accuracy: Accuracy = field(default_factory=Accuracy)
     decision_cpu_seconds: float = 0.0
     """CPU time of all decisions so far."""
+    autoscale: AutoscaleStatus | None = None
+    """None where it is off."""

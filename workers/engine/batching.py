@@ -60,11 +60,15 @@ class Batcher:
     def __init__(self, pool: BlockPool, *, block_size: int, max_batch_tokens: int, max_running: int) -> None:
         self._pool = pool
         self._block_size = block_size
-        self._max_batch_tokens = max(max_batch_tokens, block_size)
+        self.limit(max_batch_tokens)
         self._max_running = max_running
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._granted: list[Sequence] = []
+
+    def limit(self, max_batch_tokens: int) -> None:
+        """Tokens of a step from now on; at least a block."""
+        self._max_batch_tokens = max(max_batch_tokens, self._block_size)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
