@@ -9,7 +9,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-autoscale bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench-predict: install ## Predicted against actual time to first token, live; AR
 
 bench-admission: install ## How soon a full queue refuses, live; ARGS="--calls 200" passes arguments
 	@exec $(BIN)/python tests/bench/bench_admission.py $(ARGS)
+
+bench-autoscale: install ## Goodput when the load flips: roles that move, every fixed split, all-mixed; ARGS="--workers 8"
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.autoscale $(ARGS)
 
 bench-simulate: install ## The speed of a real trace that each placement policy bears, in virtual time
 	@PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.simulate $(ARGS)

@@ -78,6 +78,17 @@ def summary(cluster: GetStatusResponse) -> str:
     )
 
 
+def autoscale_lines(cluster: GetStatusResponse) -> list[str]:
+    """What it wants and did last; none where it is off."""
+    if not cluster.HasField("autoscale"):
+        return []
+    told = cluster.autoscale
+    wanted = ", ".join(f"{count} {role}" for role, count in sorted(told.wanted.items(), reverse=True))
+    changed = ", ".join(f"{why}: {count}" for why, count in sorted(told.changes.items())) or "nothing yet"
+    line = f"autoscaler{' (dry run)' if told.dry_run else ''} · wants {wanted} · changed {changed}"
+    return [line, *([told.words] if told.words else [])]
+
+
 def _status_row(worker: WorkerStatus) -> list[str]:
     load, counters = worker.load, worker.counters
     numbers = (

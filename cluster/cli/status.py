@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.cli.by_name import status_of_name, takes_name
 from cluster.cli.calling import EXIT_CODES, exit_codes, takes_grpc
-from cluster.cli.cluster_view import status_table, summary
+from cluster.cli.cluster_view import autoscale_lines, status_table, summary
 from diptych.client import Client
 
 if TYPE_CHECKING:
@@ -41,7 +41,14 @@ def status(target: str, name: str | None, as_json: bool) -> None:
         return
     console = Console()
     console = console if console.is_terminal else Console(width=PIPE_COLUMNS)
-    console.print(status_table(cluster, console), summary(cluster), sep="\n", highlight=False)
+    console.print(
+        status_table(cluster, console),
+        summary(cluster),
+        *autoscale_lines(cluster),
+        sep="\n",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _status_at(target: str) -> GetStatusResponse:

@@ -243,6 +243,50 @@ class Engine(Section):
     changes no number. int8 and int4 round what the file has in more."""
 
 
+class AutoscalePoolSection(Section):
+    """Of the workers with one role."""
+
+    least: Positive = 1
+    """So many at least."""
+    most: Count = 0
+    """So many at most; 0 has no limit of its own."""
+
+
+class AutoscaleSection(Section):
+    """Roles and numbers of workers that follow the load; mixed workers are left alone."""
+
+    enabled: bool = False
+    """Move workers between prefill and decode, and then change how many there are."""
+    dry_run: bool = False
+    """Only say what it would do."""
+    interval_seconds: Annotated[float, BeforeValidator(_not_bool), Field(ge=0.05)] = 1.0
+    """Between two looks at the load."""
+    busy: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=2)] = 0.85
+    """A role with more load than this, of 1 that it can bear, is short of workers."""
+    calm: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)] = 0.5
+    """With less load than this, all together are one worker too many."""
+    window_seconds: Seconds = 4.0
+    """What is asked for is averaged over so long."""
+    hold_seconds: Seconds = 2.0
+    """A role is short for so long before workers come to it."""
+    settle_seconds: Seconds = 30.0
+    """After a move, so long none goes the other way."""
+    grow_seconds: Seconds = 15.0
+    """A worker more comes when roles couldn't help for so long."""
+    shrink_seconds: Seconds = 120.0
+    """A worker less stays when all were calm for so long."""
+    itl_seconds: Annotated[float, BeforeValidator(_not_bool), Field(gt=0)] = 0.1
+    """Wished between an answer's tokens: a decode worker whose steps take longer is short of help."""
+    decode_per_prefill: Seconds = 0.25
+    """At least so many decode workers for each prefill worker: their links take in what those send."""
+    least: Count = 0
+    """Of both roles together; 0 is as many as the cluster starts with."""
+    most: Count = 0
+    """Of both roles together; 0 is as many as the cluster starts with."""
+    prefill: AutoscalePoolSection = AutoscalePoolSection()
+    decode: AutoscalePoolSection = AutoscalePoolSection()
+
+
 class Cluster(Section):
     """The cluster as a whole."""
 
@@ -281,6 +325,7 @@ class Config(Section):
     placement: PlacementSection = PlacementSection()
     admission: AdmissionSection = AdmissionSection()
     engine: Engine = Engine()
+    autoscale: AutoscaleSection = AutoscaleSection()
     cluster: Cluster = Cluster()
     log: Log = Log()
 

@@ -10,6 +10,7 @@ from cluster.front.chat import ChatMessage
 from cluster.front.wanted import Wanted
 from diptych.errors import InvalidRequest
 from diptych.v1.admin_pb2 import (
+    AutoscaleStatus,
     GetStatusResponse,
     KvLayout,
     QueueStatus,
@@ -159,6 +160,17 @@ def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
         requests_placed=status.requests_placed,
         index_blocks=status.index_blocks,
         queues=[_queue_of(queue) for queue in status.queues],
+        autoscale=None if status.autoscale is None else _autoscale_of(status.autoscale),
+    )
+
+
+def _autoscale_of(autoscale: types.AutoscaleStatus) -> AutoscaleStatus:
+    return AutoscaleStatus(
+        dry_run=autoscale.dry_run,
+        wanted=dict(autoscale.wanted),
+        changes=dict(autoscale.changes),
+        reversals=autoscale.reversals,
+        words=autoscale.words,
     )
 
 

@@ -56,6 +56,7 @@ class ClusterCollector(Collector):
         yield from _cluster(self._status)
         yield from _queues(self._status.queues)
         yield from scheduler_families(self._status)
+        yield from _autoscale(self._status)
         yield from _workers(self._status.workers)
 
 
@@ -91,6 +92,25 @@ def _queues(queues: Sequence[QueueStatus]) -> Iterator[Metric]:
         for reason, count in queue.rejected:
             rejected.add_metric([queue.name, reason], count)
     yield from (length, oldest, waited, rejected)
+
+
+def _autoscale(status: ClusterStatus) -> Iterator[Metric]:
+    """Nothing where it is off."""
+    told = status.autoscale
+    if told is None:
+        return
+    wanted = GaugeMetricFamily("diptych_autoscale_wanted", "Workers of each role that it wants.", labels=("role",))
+    actual = GaugeMetricFamily("diptych_autoscale_actual", "Workers of each role that live.", labels=("role",))
+    for role, count in told.wanted:
+        wanted.add_metric([role], count)
+        actual.add_metric([role], sum(worker.alive and worker.info.role == role for worker in status.workers))
+    changes = CounterMetricFamily(
+        "diptych_autoscale_changes", "Workers that got another role, came or went, by why.", labels=("reason",)
+    )
+    for reason, count in told.changes:
+        changes.add_metric([reason], count)
+    yield from (wanted, actual, changes)
+    yield _counter("diptych_autoscale_reversals", "Moves back of roles.", status.model, told.reversals)
 
 
 def _workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:

@@ -24,6 +24,7 @@ from cluster.pools.listeners import Listeners
 from cluster.pools.members import Site, device_of, first_members, front_addresses, member
 from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
+from cluster.pools.rescaling import rescale
 from cluster.pools.room import Room, wait_room
 from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
 from diptych.errors import Internal, InvalidRequest, ServingError
@@ -77,6 +78,8 @@ class Pools:
             self._watch(self._keep_worker(worker))
         for front in self._fronts:
             self._watch(self._keep_front(front))
+        if self._config.autoscale.enabled:
+            self._watch(rescale(self._config.autoscale, self, self._changes, self._say))
         return ports
 
     async def _start_all(self) -> tuple[Ports, ...]:

@@ -7,6 +7,7 @@ may be killed does. Ray never restarts anything; `cluster.pools.pools` does.
 from __future__ import annotations
 
 import os
+from math import inf
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
 from cluster.scheduler.actor import SchedulerActor
 from cluster.scheduler.admission import AdmissionPolicy
+from cluster.scheduler.autoscaler import AutoscalePolicy, Bounds
 from cluster.scheduler.costs import Policy
 from cluster.scheduler.scheduler import SchedulerSpec
 from cluster.source_tree import source_roots
@@ -70,6 +72,7 @@ class Processes:
             stale_seconds=self._config.kv.lease_seconds,
             admission=_admission_policy(self._config.admission),
             max_running=self._config.engine.max_running,
+            autoscale=_autoscale_policy(self._config),
         )
         options = actor_options() | here(self._site.node)
         return ray.remote(**options)(SchedulerActor).remote(spec)  # pyright: ignore
@@ -113,6 +116,19 @@ def _admission_policy(admission: AdmissionSection) -> AdmissionPolicy:
         ttft_seconds=admission.ttft_seconds,
         ttft_seconds_per_token=admission.ttft_seconds_per_token,
         give_up=admission.give_up or None,
+    )
+
+
+def _autoscale_policy(config: Config) -> AutoscalePolicy | None:
+    told = config.autoscale
+    if not told.enabled:
+        return None
+    begins = config.pools.prefill.workers + config.pools.decode.workers
+    return AutoscalePolicy(
+        **told.model_dump(exclude={"enabled", "least", "most", "prefill", "decode"}),
+        prefill=Bounds(least=told.prefill.least, most=told.prefill.most or inf),
+        decode=Bounds(least=told.decode.least, most=told.decode.most or inf),
+        workers=Bounds(least=told.least or begins, most=told.most or begins),
     )
 
 

@@ -18,6 +18,7 @@ from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from cluster.scheduler.autoscaler import Decision as Rescaling
     from cluster.scheduler.costs import RequestShape
     from diptych.errors import ServingError
     from diptych.types import (
@@ -57,6 +58,10 @@ class SchedulerActor:
     async def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
         """What it gets from now on."""
         self._scheduler.set_role(worker, epoch, role)
+
+    async def rescale(self) -> Rescaling:
+        """What the owner of the workers is to change; to be asked at each interval."""
+        return self._scheduler.rescale(time.monotonic())
 
     async def report(self, report: Report) -> bool:
         """Whether the worker's next report has to be a full one."""

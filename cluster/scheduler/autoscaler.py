@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass
 from math import ceil, inf
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from cluster.scheduler.needs import POOLS, Needs
 from diptych.types import AutoscaleStatus, ScalePool, SetWorkerRole
 
 if TYPE_CHECKING:
-    from diptych.types import Operation, WorkerId
+    from cluster.scheduler.needs import Pool
+    from cluster.scheduler.pressure import Pressure
+    from diptych.types import Operation
 
-Pool: TypeAlias = Literal["prefill", "decode"]
-"""Mixed workers are left alone."""
-POOLS: Final[tuple[Pool, Pool]] = ("prefill", "decode")
 _ENOUGH: Final = 0.9
 """Of what is busy: so much load a role that was short is brought down to."""
 
@@ -70,79 +70,6 @@ class AutoscalePolicy:
         return self.prefill if role == "prefill" else self.decode
 
 
-class WorkerPressure(NamedTuple):
-    """One worker's part of the pressure."""
-
-    worker: WorkerId
-    load: float
-    """prefill: seconds of prompts to compute. decode: the share of slots, blocks or pace that is taken, the most
-    of them; over 1 when more wait for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pressure:
-    """The cluster at one moment."""
-
-    at: float
-    """Monotonic seconds."""
-    asked_seconds: float
-    """Worker-seconds of prompts asked for since the scheduler began, whether placed or waiting."""
-    queued_seconds: float
-    """Of them, of those that wait for a placement."""
-    ttft_seconds: float
-    """Wished for the first token."""
-    prefill: tuple[WorkerPressure, ...]
-    decode: tuple[WorkerPressure, ...]
-
-    @property
-    def waiting_seconds(self) -> float:
-        """Worker-seconds of prompts that nobody has computed."""
-        return self.queued_seconds + sum(worker.load for worker in self.prefill)
-
-    @property
-    def filled(self) -> float:
-        """Decode workers that the answers would fill."""
-        return sum(worker.load for worker in self.decode)
-
-    def of(self, role: Pool) -> tuple[WorkerPressure, ...]:
-        """Of one role."""
-        return self.prefill if role == "prefill" else self.decode
-
-
-class Needs(NamedTuple):
-    """Of each role: how many workers it keeps busy, and how many it has."""
-
-    prefill: float
-    decode: float
-    prefills: int
-    decodes: int
-
-    def demand(self, role: Pool) -> float:
-        """In workers."""
-        return self.prefill if role == "prefill" else self.decode
-
-    def have(self, role: Pool) -> int:
-        """Workers."""
-        return self.prefills if role == "prefill" else self.decodes
-
-    def load(self, role: Pool) -> float:
-        """1 is all that it can bear."""
-        return self.demand(role) / self.have(role) if self.have(role) else inf
-
-    @property
-    def total(self) -> int:
-        """Workers of both."""
-        return self.prefills + self.decodes
-
-    def moved(self, taker: Pool, count: int) -> Needs:
-        """As it would be with so many from the other role."""
-        change = count if taker == "prefill" else -count
-        return self._replace(prefills=self.prefills + change, decodes=self.decodes - change)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{role} load {self.load(role):.2f} of {self.have(role)}" for role in POOLS)
-
-
 class Decision(NamedTuple):
     """What to do now, in order, and why."""
 
@@ -166,16 +93,21 @@ class Autoscaler:
         self._wanted: Counter[str] = Counter()
         self._moves: Counter[str] = Counter()
         self._words = ""
+        self._told: float | None = None
+        """When something was last wanted."""
         self._reversals = 0
 
     def decide(self, pressure: Pressure) -> Decision:
         """To be asked at each interval; what it says it takes as done."""
         needs = self._needs(pressure)
+        if self.policy.dry_run and self._told is not None and pressure.at - self._told < self.policy.settle_seconds:
+            return _NOTHING  # nobody did it: it would be said again at every interval
         self._wanted = Counter({role: needs.have(role) for role in POOLS})
         if not needs.total:
             return _NOTHING
         decision = self._move(pressure, needs) or self._resize(pressure.at, needs)
         if decision.operations:
+            self._told = pressure.at
             self._words = decision.words
         return decision
 
@@ -244,7 +176,9 @@ class Autoscaler:
         return count
 
     def _is_allowed(self, needs: Needs) -> bool:
-        within = all(self.policy.bounds(role).least <= needs.have(role) <= self.policy.bounds(role).most for role in POOLS)
+        within = all(
+            self.policy.bounds(role).least <= needs.have(role) <= self.policy.bounds(role).most for role in POOLS
+        )
         return within and needs.decodes >= self.policy.decode_per_prefill * needs.prefills
 
     def _has_settled(self, taker: Pool, now: float) -> bool:
@@ -283,8 +217,12 @@ class Autoscaler:
 
     def _shrink(self, needs: Needs) -> Decision:
         role: Pool = "prefill" if needs.load("prefill") <= needs.load("decode") else "decode"
-        fewer = needs._replace(**{f"{role}s": needs.have(role) - 1})
-        if needs.total <= self.policy.workers.least or not self._is_allowed(fewer) or fewer.load(role) > self.policy.busy:
+        fewer = needs.resized(role, -1)
+        if (
+            needs.total <= self.policy.workers.least
+            or not self._is_allowed(fewer)
+            or fewer.load(role) > self.policy.busy
+        ):
             return _NOTHING
         return self._resized(needs, role, -1, f"1 less of {role}: all are calm: {needs}")
 

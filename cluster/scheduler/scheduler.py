@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.scheduler.admission import CLASSES, Admission, AdmissionPolicy, ClassCounts, Turn, rank_of
-from cluster.scheduler.autoscaler import Autoscaler, AutoscalePolicy, Decision as Rescaling
+from cluster.scheduler.autoscaler import AutoscalePolicy, Autoscaler
+from cluster.scheduler.autoscaler import Decision as Rescaling
 from cluster.scheduler.charges import Charges
 from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.events import (

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from cluster.scheduler.costs import RequestShape
-    from diptych.types import Outcome, Report, Role, WorkerInfo
+    from diptych.types import Outcome, Report, Role, SetWorkerRole, WorkerInfo
 
 
 @dataclass(slots=True, eq=False)

@@ -1,11 +1,12 @@
 """What moving roles is worth when the load flips: goodput of the autoscaler, of every fixed split and of all-mixed.
 
-    python -m tests.bench.autoscale [--workers 64] [--step 4]      (`make bench-autoscale`)
+    python -m tests.bench.autoscale [--workers 64] [--step 8]      (`make bench-autoscale`)
 
 Virtual time: figures don't depend on the machine. Roles are kept strictly (how=remote): with `auto` a decode worker
-computes prompts itself where that is cheaper, so that no split is fixed; `--how auto` shows that too. Splits are tried in
-steps, then nearer and nearer to the best. A fixed split's run stops as soon as it can't reach the autoscaler's goodput / 1.3 any
-more, and is shown as less than that; --whole runs all to their end. Writes .bench/autoscale.json and .bench/autoscale.png.
+computes prompts itself where that is cheaper, so that no split is fixed; `--how auto` shows that too. Splits are tried
+in steps, then nearer and nearer to the best. A fixed split's run stops as soon as it can't reach the autoscaler's
+goodput / 1.3 any more, and is shown as less than that; --whole runs all to their end. Writes .bench/autoscale.json and
+.bench/autoscale.png.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from tests.bench.results import ROOT, Figure, figure, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from cluster.simulate.asked import Asked
     from cluster.simulate.run import RoleChange, Run
@@ -55,7 +58,7 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--step", type=int, default=8, help="between the splits that are tried first")
     parser.add_argument("--how", default="remote", choices=("remote", "auto"), help="placement of split clusters")
@@ -70,17 +73,19 @@ def main() -> None:
     total: int = args.workers
     constants = constants.model_copy(update={"how": args.how})
     with ProcessPoolExecutor(args.jobs) as pool:
-        mixed = pool.submit(run, total, split(constants.model_copy(update={"how": "auto"}), 0, 0, total), "all mixed", 0.0)
+        mixed = pool.submit(
+            run, total, split(constants.model_copy(update={"how": "auto"}), 0, 0, total), "all mixed", 0.0
+        )
         moving = run_from_even(constants, total)
         least = 0.0 if args.whole else moving.goodput / BETTER
-        fixed = {}
+        fixed: dict[int, Row] = {}
 
         def try_all(prefills: Sequence[int]) -> None:
             new = [count for count in prefills if 0 < count < total and count not in fixed]
-            jobs = {
-                count: pool.submit(run, total, split(constants, count, total - count, 0), f"{count}:{total - count}", least)
-                for count in new
-            }
+            jobs: dict[int, Future[Row]] = {}
+            for count in new:
+                told = split(constants, count, total - count, 0)
+                jobs[count] = pool.submit(run, total, told, f"{count}:{total - count}", least)
             fixed.update({count: job.result() for count, job in jobs.items()})
 
         try_all(range(args.step, total, args.step))
@@ -154,7 +159,7 @@ def flips() -> list[float]:
 def reversals(changes: Sequence[RoleChange], begin: float, end: float) -> int:
     """How often the direction of moves changed between two flips."""
     roles = [change.role for change in changes if begin <= change.at < end]
-    return sum(before != after for before, after in zip(roles, roles[1:], strict=False))
+    return sum(before != after for before, after in pairwise(roles))
 
 
 # ---- shown -------------------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ def show(rows: Sequence[Row]) -> None:
     moving, mixed, *fixed = rows
     best = max(fixed, key=lambda row: row.goodput)
     times = flips()
-    told = [f"{reversals(moving.changes, *span)}" for span in zip(times, times[1:], strict=False)]
+    told = [f"{reversals(moving.changes, *span)}" for span in pairwise(times)]
     console.print(
         f"autoscaled / best fixed split ({'' if best.whole else 'less than '}{best.name}): "
         f"{moving.goodput / best.goodput:.3f}, / all mixed: {moving.goodput / mixed.goodput:.3f}; "
@@ -187,7 +192,7 @@ def figures(rows: Sequence[Row]) -> Iterator[Figure]:
     yield figure("autoscaled", "over the best fixed split", "x", [moving.goodput / max(row.goodput for row in fixed)])
     yield figure("autoscaled", "over all mixed", "x", [moving.goodput / mixed.goodput])
     times = flips()
-    for begin, end in zip(times, times[1:], strict=False):
+    for begin, end in pairwise(times):
         yield figure("autoscaled", f"reversals from {begin:g} s", "moves", [reversals(moving.changes, begin, end)])
 
 
@@ -206,7 +211,11 @@ def draw(folder: Path, rows: Sequence[Row], total: int) -> None:
         if row.by_time:
             times, shares = zip(*row.by_time, strict=True)
             above.plot(times, [100 * share for share in shares], color=colour, linewidth=width, label=row.name)
-    above.set(ylabel="good of those that came, %", ylim=(0, 103), title=f"Long prompts, long answers, long prompts: {total} workers")
+    above.set(
+        ylabel="good of those that came, %",
+        ylim=(0, 103),
+        title=f"Long prompts, long answers, long prompts: {total} workers",
+    )
     above.legend(frameon=False, fontsize="small", loc="lower left")
     times, counts = [0.0], [total // 2]
     for change in moving.changes:
@@ -221,10 +230,17 @@ def draw(folder: Path, rows: Sequence[Row], total: int) -> None:
     marks = [(int(row.name.partition(":")[0]), row) for row in fixed]
     below.plot([at for at, _ in marks], [100 * row.goodput for _, row in marks], color="#e45756", linewidth=1, zorder=1)
     for at, row in marks:
-        below.scatter([at], [100 * row.goodput], color="#e45756" if row.whole else "white", edgecolors="#e45756", s=18, zorder=2)
+        below.scatter(
+            [at], [100 * row.goodput], color="#e45756" if row.whole else "white", edgecolors="#e45756", s=18, zorder=2
+        )
     for row, colour in ((moving, "#222222"), (mixed, "#72b7b2")):
         below.axhline(100 * row.goodput, color=colour, linewidth=1.5, label=row.name)
-    below.set(xlabel="prefill workers of a fixed split (hollow: at most)", ylabel="good of all, %", xlim=(0, total), ylim=(0, 103))
+    below.set(
+        xlabel="prefill workers of a fixed split (hollow: at most)",
+        ylabel="good of all, %",
+        xlim=(0, total),
+        ylim=(0, 103),
+    )
     below.legend(frameon=False, fontsize="small", loc="lower right")
     for axes in (above, middle, below):
         axes.grid(visible=True, color="#e6e6e6", linewidth=0.7)

@@ -7,8 +7,10 @@ to prompts in order.
 Order is the whole policy: by priority, then by arrival. Who comes first in it is admitted first,
 gets its next block first and is preempted last. The first sequence can always preempt all others,
 so it always ends, and then the next one is the first: nothing deadlocks, as long as each fits
-alone, and within one priority nothing starves. A less important request does wait for as long as
-more important ones keep coming: that is what its sender asked for. Importance alone preempts
+alone, and within one priority nothing starves. Nor does it across priorities: when MOST_OVERTAKES
+more important ones that came later were admitted before the one that came first, that one goes
+before all others from then on. So a request waits for at most MOST_OVERTAKES + 1 admissions for
+each that came before it, and importance keeps all but one in so many. Importance alone preempts
 nobody: who runs gives way when blocks run out, not because a more important one waits.
 """
 
@@ -25,7 +27,11 @@ from workers.engine.sequence import Sequence
 SCORED_TOKENS = 256
 """Prompt tokens in a step whose logits are kept, all of a vocabulary each: they bound its memory."""
 
+MOST_OVERTAKES = 16
+"""Of the longest waiting by more important ones, one after the other."""
+
 _by_turn = attrgetter("turn")
+_by_arrival = attrgetter("arrival")
 
 
 class Work(NamedTuple):
@@ -65,6 +71,7 @@ class Batcher:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._granted: list[Sequence] = []
+        self._overtakes = 0
 
     def limit(self, max_batch_tokens: int) -> None:
         """Tokens of a step from now on; at least a block."""
@@ -107,7 +114,7 @@ class Batcher:
         """Reserves the blocks of what it returns."""
         preempted: list[Sequence] = []
         for sequence in tuple(self._running):  # most important first, then oldest
-            if sequence in self._running:
+            if not preempted or sequence in self._running:
                 self._make_room(sequence, preempted)
         admitted = [] if preempted else self._admit()
         decodes = [sequence for sequence in self._running if sequence.remaining == 1]
@@ -161,6 +168,8 @@ class Batcher:
         no use, and by then an earlier prompt may have left its prefix in the cache.
         """
         admitted: list[Sequence] = []
+        if self._overtakes >= MOST_OVERTAKES:
+            self._promote_oldest()
         tokens = self._max_batch_tokens - sum(sequence.remaining for sequence in self._running)
         if all(sequence.remaining == 1 for sequence in self._running):
             tokens = max(tokens, self._block_size)  # what the first prompt gets however many decode
@@ -172,6 +181,7 @@ class Batcher:
             if not self._reserve(sequence):
                 break
             self._waiting.remove(sequence)
+            self._count_overtake(sequence)
             sequence.admissions += 1
             admitted.append(sequence)
             if sequence.task == "decode":
@@ -180,6 +190,23 @@ class Batcher:
                 bisect.insort(self._running, sequence, key=_by_turn)
                 tokens -= sequence.remaining
         return admitted
+
+    def _count_overtake(self, admitted: Sequence) -> None:
+        """Whether it is more important than who has waited for longest, and came later."""
+        oldest = min(self._waiting, key=_by_arrival, default=admitted)
+        if oldest.arrival >= admitted.arrival:
+            self._overtakes = 0
+        elif admitted.turn < oldest.turn:
+            self._overtakes += 1
+
+    def _promote_oldest(self) -> None:
+        """It goes before all who weren't, and gives way after them."""
+        self._overtakes = 0
+        oldest = min(self._waiting, key=_by_arrival, default=None)
+        if oldest is not None and not oldest.promoted:
+            self._waiting.remove(oldest)
+            oldest.promoted = True
+            self.add(oldest)
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Cached blocks and new ones for all its tokens so far, or nothing."""

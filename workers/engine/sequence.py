@@ -13,6 +13,10 @@ Task: TypeAlias = Literal["answer", "prefill", "decode"]
 decode: the prompt's KV comes from elsewhere."""
 
 
+_FIRST = -(1 << 63)
+"""Before all priorities."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Mutable; the engine's thread is its one owner."""
@@ -37,6 +41,8 @@ class Sequence:
     computed_tokens: int = 0
     """Prompt tokens computed here, again after a preemption included."""
     admissions: int = 0
+    promoted: bool = False
+    """It was overtaken so often that it goes before every priority."""
     prompt_scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     """Of the prompt's tokens from the second on, as far as computed and asked for."""
 
@@ -47,7 +53,7 @@ class Sequence:
     @property
     def turn(self) -> tuple[int, int]:
         """Lower is served first and preempted last."""
-        return (self.request.priority, self.arrival)
+        return (_FIRST if self.promoted else self.request.priority, self.arrival)
 
     @property
     def owner(self) -> str:

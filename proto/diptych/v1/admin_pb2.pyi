@@ -72,7 +72,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks", "queues")
+    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks", "queues", "autoscale")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class GetStatusResponse(_message.Message):
     REQUESTS_PLACED_FIELD_NUMBER: _ClassVar[int]
     INDEX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     QUEUES_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALE_FIELD_NUMBER: _ClassVar[int]
     model: str
     build: str
     ready: bool
@@ -87,7 +88,36 @@ class GetStatusResponse(_message.Message):
     requests_placed: int
     index_blocks: int
     queues: _containers.RepeatedCompositeFieldContainer[QueueStatus]
-    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ...) -> None: ...
+    autoscale: AutoscaleStatus
+    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ..., autoscale: _Optional[_Union[AutoscaleStatus, _Mapping]] = ...) -> None: ...
+
+class AutoscaleStatus(_message.Message):
+    __slots__ = ("dry_run", "wanted", "changes", "reversals", "words")
+    class WantedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ChangesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    REVERSALS_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    wanted: _containers.ScalarMap[str, int]
+    changes: _containers.ScalarMap[str, int]
+    reversals: int
+    words: str
+    def __init__(self, dry_run: _Optional[bool] = ..., wanted: _Optional[_Mapping[str, int]] = ..., changes: _Optional[_Mapping[str, int]] = ..., reversals: _Optional[int] = ..., words: _Optional[str] = ...) -> None: ...
 
 class QueueStatus(_message.Message):
     __slots__ = ("name", "length", "oldest_seconds", "released", "waited_seconds", "rejected")

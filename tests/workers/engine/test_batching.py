@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from workers.engine.batching import Batcher, StepPlan
+from workers.engine.batching import MOST_OVERTAKES, Batcher, StepPlan
 from workers.engine.blocks import BlockPool
 from workers.engine.sequence import Sequence
 
@@ -281,3 +281,39 @@ def test_what_was_removed_is_nowhere(queue: Make) -> None:
     assert batch.step() == ""
     assert not batch.batcher.has_work
     assert (batch.pool.free, batch.pool.held) == (100, 0)
+
+
+def test_who_came_first_is_overtaken_so_often_and_no_more_however_many_important_ones_keep_coming(queue: Make) -> None:
+    batch = queue(max_running=1)
+    running = batch.add("A", 5)
+    batch.step()
+    batch.add("B", 5, priority=1)
+    batch.add("C", 5, priority=1)
+    order, later = "", (chr(letter) for letter in range(ord("a"), ord("a") + 100))
+    for _ in range(3 * MOST_OVERTAKES):
+        batch.add(next(later), 5, priority=-1)
+        batch.end(running)
+        batch.step()
+        [running] = batch.batcher.running
+        order += batch.letters[running]
+    assert order.index("B") == MOST_OVERTAKES
+    assert order.index("C") == 2 * MOST_OVERTAKES + 1
+    assert sum(letter in "BC" for letter in order) == 2
+
+
+def test_who_was_overtaken_too_often_gives_way_last(queue: Make) -> None:
+    batch = queue(blocks=8, max_running=2)
+    running = batch.add("A", 5)
+    other = batch.add("B", 5, priority=-2)
+    batch.step()
+    waited = batch.add("C", 30, priority=1)
+    for letter in range(MOST_OVERTAKES):
+        batch.add(chr(ord("a") + letter), 5, priority=-1)
+        batch.end(running)
+        batch.step()
+        running = batch.batcher.running[-1]
+    batch.end(running)
+    batch.step()
+    assert waited in batch.batcher.running
+    assert batch.batcher.running[0] is waited
+    assert other in batch.batcher.running
