@@ -131,7 +131,8 @@ class Autoscaler:
             seen.popleft()
         before = seen[0]
         seconds = max(now.at - before.at, self.policy.interval_seconds)
-        asked = (now.asked_seconds - before.asked_seconds) / seconds
+        # A prompt is predicted anew when it is placed: what was asked for may seem to shrink.
+        asked = max(0.0, now.asked_seconds - before.asked_seconds) / seconds
         growth = (now.filled - before.filled) / seconds if len(now.decode) >= len(before.decode) else 0.0
         return Needs(
             prefill=asked + now.waiting_seconds / now.ttft_seconds,

@@ -31,8 +31,8 @@ class Phase:
     output_tokens: tuple[int, int]
 
 
-LONG_PROMPTS = Phase(seconds=200, requests_per_second=0.95, prompt_tokens=(8000, 24_000), output_tokens=(32, 96))
-"""Five prefill workers for each decode worker serve it, whose links take in no more, and are at five sixths then."""
+LONG_PROMPTS = Phase(seconds=300, requests_per_second=0.6, prompt_tokens=(16_000, 32_000), output_tokens=(64, 128))
+"""Four prefill workers for each decode worker serve it, whose links take in no more, and are at six sevenths then."""
 LONG_ANSWERS = Phase(seconds=50, requests_per_second=9.75, prompt_tokens=(128, 512), output_tokens=(800, 1600))
 """One prefill worker for at least seven decode workers, whose slots are full at five sixths then."""
 PHASES = (LONG_PROMPTS, LONG_ANSWERS, LONG_PROMPTS)

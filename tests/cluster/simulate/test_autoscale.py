@@ -15,7 +15,7 @@ from cluster.simulate.run import Run
 from cluster.simulate.summary import summarise
 
 TOTAL = 4
-LONG = replace(LONG_PROMPTS, seconds=60, requests_per_second=0.8)
+LONG = replace(LONG_PROMPTS, seconds=60, requests_per_second=0.8, prompt_tokens=(8000, 24_000), output_tokens=(32, 96))
 PHASES = (LONG, replace(LONG_ANSWERS, seconds=30, requests_per_second=1.9), LONG)
 SLOTS = 32
 """A worker's: few, so that few requests fill it."""
