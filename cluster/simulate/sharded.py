@@ -17,7 +17,7 @@ from cluster.simulate.ours import Ours
 if TYPE_CHECKING:
     from cluster.scheduler.costs import RequestShape
     from diptych.errors import ServingError
-    from diptych.types import Outcome, Placement, Report, RequestId, WorkerId, WorkerInfo
+    from diptych.types import Outcome, Placement, Report, RequestId, Role, SetWorkerRole, WorkerId, WorkerInfo
 
 COUNTS = (2, 4, 8)
 BEGINNING = 64
@@ -44,6 +44,15 @@ class Sharded:
     def leave(self, worker: WorkerId, epoch: int, now: float) -> None:
         for shard in self._shards:
             shard.leave(worker, epoch, now)
+
+    def rescale(self, now: float) -> Sequence[SetWorkerRole]:
+        """Each has its own view of what is asked for: none decides for all."""
+        del now
+        return ()
+
+    def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
+        for shard in self._shards:
+            shard.set_role(worker, epoch, role)
 
     def report(self, report: Report, now: float) -> bool:
         needs_full = [shard.report(report, now) for shard in self._shards]
