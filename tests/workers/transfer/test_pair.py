@@ -174,6 +174,7 @@ def test_the_death_of_one_end_is_heard_at_the_other(ends: Callable[..., Ends]) -
     pair = ends()
     pair.ship(0)
     pair.landed.get(timeout=WAIT_SECONDS)
+    pair.sent.get(timeout=WAIT_SECONDS)  # or its own end breaks first
     pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=1, first=0, count=1, nbytes=100))
     pair.sender.close()
     side, error = pair.broken.get(timeout=WAIT_SECONDS)
