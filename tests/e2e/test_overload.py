@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING
@@ -100,6 +101,9 @@ class Clients:
         assert response.json()["choices"][0]["text"] == self.expected[which][1]
         self.ends["answered"] += 1
 
+    def close(self) -> None:
+        self._http.close()
+
     @property
     def refused(self) -> int:
         return self.ends["refused, gRPC"] + self.ends["refused, HTTP"]
@@ -154,8 +158,9 @@ def memory_mib(cluster: Cluster) -> dict[str, float]:
     for process in cluster.processes():
         try:
             name = " ".join(process.cmdline()[:1])
-            if name.startswith("ray::") and "Actor" in name:
-                found[f"{name.removeprefix('ray::')} {process.pid}"] = process.memory_info().rss / 2**20
+            if name.startswith("ray::") and "Actor" in name:  # and which method it is in
+                kind = name.removeprefix("ray::").partition(".")[0]
+                found[f"{kind} {process.pid}"] = process.memory_info().rss / 2**20
         except psutil.NoSuchProcess:
             continue
     return found
@@ -192,8 +197,13 @@ def overload(clients: Clients, per_second: float, until: Callable[[], bool]) -> 
     return seen
 
 
-def test_ten_times_too_much_for_a_minute_is_refused_honestly_and_leaves_nothing_behind(small: Cluster) -> None:
-    clients = Clients(small)
+@pytest.fixture
+def clients(small: Cluster) -> Iterator[Clients]:
+    with closing(Clients(small)) as asking:
+        yield asking
+
+
+def test_ten_times_too_much_for_a_minute_is_refused_honestly_and_leaves_nothing_behind(clients: Clients) -> None:
     usual = window(clients, 1.0)
     usual_refusals, per_second = clients.refused, TIMES * max(1, usual.answers) / usual.seconds
     clients.ends.clear()
@@ -221,4 +231,4 @@ def test_ten_times_too_much_for_a_minute_is_refused_honestly_and_leaves_nothing_
     assert max(seen.waiting) <= PLACES
     assert max(seen.at_workers) <= PLACES
     assert again.tokens_of_a_step >= 0.9 * usual.tokens_of_a_step
-    small.at_rest()
+    clients.cluster.at_rest()
