@@ -133,7 +133,8 @@ class WorkerActor:
             self._spec = replace(self._spec, host=str(ray.util.get_node_ip_address()))  # pyright: ignore
         self._worker = Worker(self._spec)
         self._watch = asyncio.ensure_future(self._exit_when_broken(self._worker))
-        return await self._worker.start()
+        info = await self._worker.start()
+        return replace(info, node=ray.get_runtime_context().get_node_id())
 
     async def _exit_when_broken(self, worker: Worker) -> None:
         """A worker without an engine is of no use: its process ends, which is what pools watch."""

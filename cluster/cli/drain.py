@@ -9,10 +9,11 @@ from diptych.client import Client
 
 
 @click.command(short_help="Take a worker out of service, losing no request.", epilog=EXIT_CODES)
-@click.argument("worker")
+@click.argument("worker", required=False)
+@click.option("--node", metavar="NODE", help="Instead of WORKER: all workers of a Ray node (address or id).")
 @click.option("--replace", is_flag=True, help="Start its successor when it has ended: one step of a rolling restart.")
 @takes_grpc
-def drain(worker: str, replace: bool, target: str) -> None:
+def drain(worker: str | None, node: str | None, replace: bool, target: str) -> None:
     """Give WORKER no new work, let its answers go on elsewhere with their KV, and end it.
 
     Returns when it has ended. Refused when nobody would be left to serve.
@@ -20,16 +21,32 @@ def drain(worker: str, replace: bool, target: str) -> None:
     `front-0` and the like, and `scheduler`, can be given a successor (--replace): a front's is on its ports before it
     ends the answers that it has begun; the command returns when the successor serves.
 
+    --node is for a node that is to go: nothing is started there any more, and its workers get successors elsewhere. If
+    nobody could serve without them, they stay until one is up, for three quarters of cluster.drain_seconds.
+
     \b
     Example:
       diptych drain decode-1
       diptych drain front-0 --replace
+      diptych drain --node 10.0.0.7
     """
+    if bool(worker) == bool(node):
+        raise click.UsageError("say which WORKER, or which --node")
+    if node and replace:
+        raise click.UsageError("--node's workers always get successors, elsewhere: leave --replace out")
     with exit_codes(), Client(target) as client:
-        done = client.drain(worker, replace=replace)
+        done = client.drain(worker, replace=replace) if worker else client.drain_node(node or "")
+    if node:
+        ended = f"{', '.join(done.ended)} ended" if done.ended else "no worker was there"
+        click.echo(f"{node}: {ended}, {_answers(done.moved)} went on elsewhere, {done.seconds:.1f} s")
+        return
+    assert worker
     if worker == "scheduler" or worker.startswith("front-"):
         click.echo(f"{worker} has a successor, {done.seconds:.1f} s")
         return
     again = " and is back" if replace else ""
-    answers = "1 answer" if done.moved == 1 else f"{done.moved} answers"
-    click.echo(f"{worker} has ended{again}: {answers} went on elsewhere, {done.seconds:.1f} s")
+    click.echo(f"{worker} has ended{again}: {_answers(done.moved)} went on elsewhere, {done.seconds:.1f} s")
+
+
+def _answers(count: int) -> str:
+    return "1 answer" if count == 1 else f"{count} answers"

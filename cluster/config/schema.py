@@ -102,6 +102,8 @@ class Pool(Section):
 
     workers: Count = 1
     """How many workers it starts with."""
+    max_workers: Count = 0
+    """In a Ray that was joined: as many as its nodes have room for, up to so many; 0 keeps `workers`."""
     labels: Annotated[str, AfterValidator(_labels)] = ""
     """KEY=VALUE[,KEY=VALUE] that their nodes have (`ray start --labels`); a Ray of our own has none."""
 
@@ -109,6 +111,14 @@ class Pool(Section):
     def node_labels(self) -> dict[str, str]:
         """`labels`, taken apart."""
         return parse_labels(self.labels)
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> Pool:
+        if 0 < self.max_workers < self.workers:
+            raise ValueError(
+                f"max_workers = {self.max_workers} is below workers = {self.workers}: raise it, or leave it 0"
+            )
+        return self
 
 
 class Pools(Section):
@@ -121,6 +131,12 @@ class Pools(Section):
     def of(self, role: Role) -> Pool:
         """The one whose workers begin in this role."""
         return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}[role]
+
+    @property
+    def growing(self) -> list[Role]:
+        """The pools that take what nodes offer."""
+        roles: tuple[Role, ...] = ("prefill", "decode", "mixed")
+        return [role for role in roles if self.of(role).max_workers]
 
     @model_validator(mode="after")
     def _can_serve(self) -> Pools:
@@ -341,6 +357,11 @@ class Config(Section):
             )
         for problem in _ports_problems(self.front):
             raise ValueError(problem)
+        if self.autoscale.enabled and (growing := pools.growing):
+            raise ValueError(
+                f"autoscale.enabled and pools.{growing[0]}.max_workers both say how many workers there are: set "
+                "autoscale.most instead of max_workers, or leave autoscale off"
+            )
         if self.kv.link == "nccl" and self.device == "cpu":
             raise ValueError("kv.link = 'nccl' needs CUDA workers, but device is cpu: set kv.link to auto")
         return self

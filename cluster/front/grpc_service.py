@@ -40,7 +40,7 @@ from cluster.front.patience import Patience
 from cluster.front.request_log import RequestLog
 from cluster.front.wanted import check_token_ids
 from diptych.errors import InvalidRequest
-from diptych.types import DrainWorker, ScalePool, SetWorkerRole, WorkerId
+from diptych.types import DrainNode, DrainWorker, ScalePool, SetWorkerRole, WorkerId
 from diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -202,9 +202,8 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def Drain(self, request: DrainRequest, context: Context) -> DrainResponse:
         """A worker out of service."""
         async with answering(context, self._log.record(_new_id(), "grpc", "Drain")):
-            worker = WorkerId(_named(request.worker))
-            changed = await self._service.change(DrainWorker(worker=worker, replace=request.replace))
-            return admin_pb2.DrainResponse(moved=changed.moved, seconds=changed.seconds)
+            changed = await self._service.change(_drain_of(request))
+            return admin_pb2.DrainResponse(moved=changed.moved, seconds=changed.seconds, ended=changed.ended)
 
     async def SetRole(self, request: SetRoleRequest, context: Context) -> SetRoleResponse:
         """A worker's role from now on."""
@@ -221,6 +220,16 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             role = role_of(request.role)
             changed = await self._service.change(ScalePool(role=role, workers=request.workers))
             return admin_pb2.ScaleResponse(started=changed.started, ended=changed.ended, seconds=changed.seconds)
+
+
+def _drain_of(request: DrainRequest) -> DrainWorker | DrainNode:
+    if not request.node:
+        return DrainWorker(worker=WorkerId(_named(request.worker)), replace=request.replace)
+    if request.worker:
+        raise InvalidRequest("a worker or a node, not both", param="node")
+    if request.replace:
+        raise InvalidRequest("a node's workers always get successors, elsewhere: leave replace out", param="replace")
+    return DrainNode(node=request.node)
 
 
 def _named(worker: str) -> str:

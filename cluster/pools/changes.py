@@ -11,16 +11,21 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
+from cluster.pools.members import free_numbers
+from cluster.pools.served import unserved
+from cluster.pools.vacating import Vacating
 from diptych.errors import InvalidRequest, ServingError
-from diptych.types import Changed, DrainWorker, Operation, Role, ScalePool, SetWorkerRole, WorkerId
+from diptych.types import Changed, DrainNode, DrainWorker, Operation, Role, ScalePool, SetWorkerRole, WorkerId
 from workers.actors import answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cluster.config import Config
-    from cluster.pools.members import Site
+    from cluster.pools.growth import Growth
+    from cluster.pools.nodes import Node
     from cluster.pools.parts import WorkerPart
+    from cluster.pools.room import Room
 
 
 class House(Protocol):
@@ -44,8 +49,29 @@ class House(Protocol):
         """As `add`, under its next epoch, of one that is retired."""
         ...
 
-    def part(self, role: Role, number: int) -> WorkerPart:
-        """One that has not started."""
+    def part(self, role: Role, number: int, node: str = "") -> WorkerPart:
+        """One that has not started; `node` is where it has to be."""
+        ...
+
+    def bring(self, part: WorkerPart) -> None:
+        """As `add`, in its own time: it may wait for room. With a node of its own it doesn't wait."""
+        ...
+
+    async def arrival(self) -> None:
+        """Until the next worker is up, whichever it is."""
+        ...
+
+    def room(self, role: Role) -> Room:
+        """What each worker of it asks of its node."""
+        ...
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """Nodes where nothing starts any more."""
+        ...
+
+    def avoid(self, node: str) -> None:
+        """From now on."""
         ...
 
     async def reintroduce(self) -> None:
@@ -65,10 +91,11 @@ class House(Protocol):
 class Changes:
     """Of one cluster. Lives on its pools' event loop."""
 
-    def __init__(self, config: Config, site: Site, house: House) -> None:
+    def __init__(self, config: Config, house: House, growth: Growth) -> None:
         self._config = config
-        self._site = site
         self._house = house
+        self._growth = growth
+        self._vacating = Vacating(config, house, growth)
         self._one_at_a_time = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -84,8 +111,12 @@ class Changes:
     async def perform(self, operation: Operation) -> Changed:
         """Raises ServingError, and says then what there is."""
         began = time.monotonic()
+        node = await self._vacating.prepare(operation.node) if isinstance(operation, DrainNode) else None
         async with self._one_at_a_time:
             match operation:
+                case DrainNode():
+                    assert node, "it is prepared"
+                    changed = await self._drain_node(node, began + self._config.cluster.drain_seconds)
                 case DrainWorker():
                     changed = await self._drain(operation)
                 case SetWorkerRole():
@@ -126,11 +157,30 @@ class Changes:
         part = self._part(wanted.worker)
         if not wanted.replace:
             self._check_served(_roles(self._others(part)), f"without {part.spec.id}")
-        moved = await self._empty(part)
+            self._growth.hold(part.spec.role)
+        moved = await self._empty(part, self._config.cluster.drain_seconds)
         await self._house.retire(part)
         if wanted.replace:
             await self._house.renew(part)
         return Changed(seconds=0, moved=moved, ended=(part.spec.id,), started=(part.spec.id,) if wanted.replace else ())
+
+    async def _drain_node(self, node: Node, deadline: float) -> Changed:
+        """`deadline` is monotonic seconds. Raises InvalidRequest when somebody there can't be done without."""
+        going, staying = self._vacating.leaving(node)
+        seconds = max(1.0, deadline - time.monotonic())
+        moved = await asyncio.gather(*(self._empty(part, seconds) for part in going))
+        for part in going:
+            await self._house.retire(part)
+        ended = tuple(part.spec.id for part in going)
+        if not staying:
+            return Changed(seconds=0, moved=sum(moved), ended=ended)
+        named = ", ".join(part.spec.id for part in staying)
+        why = self._vacating.lacking_without(staying)
+        raise InvalidRequest(
+            f"without {named} {why}: no successor was up in time. It is asked for and comes when a node has room; what "
+            f"{named} serves when the node goes is taken up then",
+            param="node",
+        )
 
     async def _renew_other(self, wanted: DrainWorker) -> Changed:
         if not wanted.replace:
@@ -140,13 +190,13 @@ class Changes:
         await self._house.renew_other(wanted.worker)
         return Changed(seconds=0, started=(wanted.worker,))
 
-    async def _empty(self, part: WorkerPart) -> int:
+    async def _empty(self, part: WorkerPart, seconds: float) -> int:
         """Its answers go on elsewhere; how many. One that dies meanwhile has none any more."""
         part.retiring = True
         worker, epoch = part.spec.id, part.spec.epoch
         await answer(self._house.scheduler.drain.remote(worker, epoch), "the scheduler")
         with suppress(ServingError):
-            return int(await answer(part.handle.drain.remote(self._config.cluster.drain_seconds), worker))
+            return int(await answer(part.handle.drain.remote(seconds), worker))
         return 0
 
     async def _set_role(self, wanted: SetWorkerRole) -> Changed:
@@ -167,20 +217,16 @@ class Changes:
         kept = {who: part for who, part in self._house.workers.items() if part not in leaving and not part.lost}
         if leaving:
             self._check_served(_roles(kept), f"with {wanted.workers} {wanted.role} workers")
+        self._growth.hold(wanted.role)
         for part in reversed(leaving):
-            await self._empty(part)
+            await self._empty(part, self._config.cluster.drain_seconds)
             await self._house.retire(part)
-        new = [self._house.part(wanted.role, number) for number in self._free_numbers(wanted, len(pool))]
+        numbers = free_numbers(wanted.role, self._house.workers, max(0, wanted.workers - len(pool)))
+        new = [self._house.part(wanted.role, number) for number in numbers]
         await asyncio.gather(*map(self._house.add, new))
         return Changed(
             seconds=0, started=tuple(part.spec.id for part in new), ended=tuple(part.spec.id for part in leaving)
         )
-
-    def _free_numbers(self, wanted: ScalePool, have: int) -> list[int]:
-        numbers = (number for number in range(len(self._house.workers) + wanted.workers))
-        taken = {part.spec.id for part in self._house.workers.values()}
-        free = (number for number in numbers if f"{wanted.role}-{number}" not in taken)
-        return [number for number, _ in zip(free, range(wanted.workers - have), strict=False)]
 
     # ---- what may be done ---------------------------------------------------------------------------------
 
@@ -199,12 +245,7 @@ class Changes:
 
     def _check_served(self, roles: Mapping[WorkerId, Role], when: str) -> None:
         """Raises InvalidRequest when requests could not be served by workers of these roles."""
-        decoders = [who for who, role in roles.items() if role != "prefill"]
-        both = {"prefill", "decode"} <= set(roles.values())
-        missing = "nobody would decode" if not decoders else ""
-        if self._config.placement.how == "remote" and not both:
-            missing = "placement.how = 'remote' would lack a prefill or a decode worker"
-        if missing:
+        if missing := unserved(self._config, roles.values()):
             raise InvalidRequest(f"{when} {missing}: start another worker first (diptych scale)", param="worker")
 
 

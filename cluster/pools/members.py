@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +76,12 @@ def first_members(config: Config, site: Site) -> list[WorkerSpec]:
         ("mixed", pools.mixed.workers),
     ]
     return [member(config, site, role, number) for role, count in counts for number in range(count)]
+
+
+def free_numbers(role: Role, taken: Container[WorkerId], count: int) -> list[int]:
+    """The lowest that no worker of this name has."""
+    free = (number for number in itertools.count() if WorkerId(f"{role}-{number}") not in taken)
+    return list(itertools.islice(free, count))
 
 
 def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:

@@ -21,6 +21,15 @@ class WorkerPart:
     """It died too often and does not come back."""
     retiring: bool = False
     """It ends because somebody wants it to: its death is no news."""
+    leaving: bool = False
+    """Its node is to go, and it has a successor if its pool needs one."""
+    node: str = ""
+    """Ray's id of the only node where it may start; empty for any."""
+
+    @property
+    def where(self) -> str:
+        """The node where it is, or may only be; empty while nobody knows."""
+        return self.info.node if self.info else self.node
 
 
 @dataclass(slots=True, eq=False)

@@ -20,12 +20,13 @@ from cluster.front.actor import Ports
 from cluster.journal import Entry, Say
 from cluster.models.progress import Step
 from cluster.pools.changes import Changes
+from cluster.pools.growth import Growth
 from cluster.pools.listeners import Listeners
 from cluster.pools.members import Site, device_of, first_members, front_addresses, member
 from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
 from cluster.pools.rescaling import rescale
-from cluster.pools.room import Room, wait_room
+from cluster.pools.room import QUIET_SECONDS, NoRoom, Room, wait_room
 from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
 from diptych.errors import Internal, InvalidRequest, ServingError
 from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo, WorkerSpec
@@ -55,7 +56,12 @@ class Pools:
         self._scheduler_deaths = self._deaths()
         self._watches: set[asyncio.Task[None]] = set()
         self._listeners = Listeners(add)
-        self._changes = Changes(config, site, self)
+        self._growth = Growth(config, self, joined=site.joined)
+        self._changes = Changes(config, self, self._growth)
+        self._arrived = asyncio.Event()
+        """Set when a worker is up; then there is another."""
+        self._epochs: dict[WorkerId, int] = {}
+        """The next of each name that is free again: what a lost process still says must not pass for its heir's."""
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> tuple[Ports, ...]:
@@ -80,6 +86,7 @@ class Pools:
             self._watch(self._keep_front(front))
         if self._config.autoscale.enabled:
             self._watch(rescale(self._config.autoscale, self, self._changes, self._say))
+        self._watch(self._growth.run())
         return ports
 
     async def _start_all(self) -> tuple[Ports, ...]:
@@ -122,12 +129,40 @@ class Pools:
     def scheduler(self) -> Any:  # noqa: ANN401
         return self._scheduler
 
-    def part(self, role: Role, number: int) -> WorkerPart:
+    def part(self, role: Role, number: int, node: str = "") -> WorkerPart:
         spec = member(self._config, self._site, role, number)
-        return self._part(spec)
+        return self._part(replace(spec, epoch=self._epochs.get(spec.id, 0)), node)
 
-    def _part(self, spec: WorkerSpec) -> WorkerPart:
-        return WorkerPart(spec, self._make.worker(spec), self._deaths())
+    def _part(self, spec: WorkerSpec, node: str = "") -> WorkerPart:
+        return WorkerPart(spec, self._make.worker(spec, node), self._deaths(), node=node)
+
+    def _forget(self, part: WorkerPart) -> None:
+        del self._workers[part.spec.id]
+        self._epochs[part.spec.id] = part.spec.epoch + 1
+
+    def room(self, role: Role) -> Room:
+        return self._make.room(member(self._config, self._site, role, 0))
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        return self._make.avoided
+
+    def avoid(self, node: str) -> None:
+        self._make.avoid(node)
+
+    async def arrival(self) -> None:
+        await self._arrived.wait()
+
+    def bring(self, part: WorkerPart) -> None:
+        self._workers[part.spec.id] = part
+        self._watch(self._bring(part))
+
+    async def _bring(self, part: WorkerPart) -> None:
+        if not await self._try_begin(part):
+            if not self._growth.needs(part):
+                return self._forget(part)
+            await self._replace_worker(part)
+        await self._keep_worker(part)
 
     def _deaths(self) -> Deaths:
         return Deaths(self._config.cluster.max_deaths)
@@ -139,19 +174,20 @@ class Pools:
                 await self._begin(part)
         except (ServingError, TimeoutError) as error:
             part.info = None
-            del self._workers[part.spec.id]
+            self._forget(part)
             ray.kill(part.handle)  # pyright: ignore[reportUnknownMemberType]
             raise Internal(f"{part.spec.id} did not start: {error}") from error
         self._watch(self._keep_worker(part))
 
     async def renew(self, part: WorkerPart) -> None:
         part.spec = replace(part.spec, epoch=part.spec.epoch + 1)
+        part.leaving, part.node = False, ""
         part.handle = self._make.worker(part.spec)
         await self.add(part)
 
     async def retire(self, part: WorkerPart) -> None:
         part.retiring, part.info = True, None
-        del self._workers[part.spec.id]
+        self._forget(part)
         leave = self._scheduler.leave.remote(part.spec.id, part.spec.epoch)
         await self._bounded(leave, "the scheduler", _CALL_SECONDS)
         await self.reintroduce()
@@ -203,12 +239,15 @@ class Pools:
         await self._start_worker(part)
         await self.reintroduce()
         await self._join(part)
+        arrived, self._arrived = self._arrived, asyncio.Event()
+        arrived.set()
 
     # ---- workers ------------------------------------------------------------------------------------------
 
     async def _start_worker(self, worker: WorkerPart) -> None:
-        room = Room(self._make.needs(worker.spec), self._make.labels(worker.spec))
-        await wait_room(worker.handle, worker.spec.id, room, self._room_seconds, self._say)
+        seconds = QUIET_SECONDS if worker.node else self._room_seconds
+        say = self._whisper if worker.node else self._say
+        await wait_room(worker.handle, worker.spec.id, self._make.room(worker.spec), seconds, say)
         info: WorkerInfo = await answer(worker.handle.start.remote(), worker.spec.id)
         worker.info = info
         size = info.blocks * info.layout.block_bytes / 2**20
@@ -238,10 +277,13 @@ class Pools:
             if worker.retiring or worker.handle is not handle:
                 return  # it was to end, and has a successor perhaps, which is watched
             self._say(f"{worker.spec.id} {how}", "warning")
-            worker.info = None
+            where, worker.info = worker.where, None
             leave = self._scheduler.leave.remote(worker.spec.id, worker.spec.epoch)
             await self._bounded(leave, "the scheduler", _CALL_SECONDS)
             await self.reintroduce()
+            if not self._growth.needs(worker):
+                self._growth.died(where)
+                return self._forget(worker)
             await self._replace_worker(worker)
 
     async def _replace_worker(self, worker: WorkerPart) -> None:
@@ -250,15 +292,27 @@ class Pools:
             if worker.deaths.too_many:
                 worker.lost = True
                 return self._give_up(worker.spec.id, worker.deaths)
-            worker.spec = replace(worker.spec, epoch=worker.spec.epoch + 1)
+            worker.spec, worker.node = replace(worker.spec, epoch=worker.spec.epoch + 1), ""
             worker.handle = self._make.worker(worker.spec)
-            try:
-                async with asyncio.timeout(_START_SECONDS):
-                    await self._begin(worker)
-            except (ServingError, TimeoutError) as error:
-                worker.info = None
-                ray.kill(worker.handle)  # pyright: ignore[reportUnknownMemberType]
-                self._say(f"{worker.spec.id} did not come back: {error!r}", "warning")
+            await self._try_begin(worker)
+
+    async def _try_begin(self, worker: WorkerPart) -> bool:
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await self._begin(worker)
+        except (ServingError, TimeoutError) as error:
+            worker.info = None
+            ray.kill(worker.handle)  # pyright: ignore[reportUnknownMemberType]
+            if worker.node:
+                full = isinstance(error, NoRoom)
+                (self._growth.refused if full else self._growth.died)(worker.node)
+            self._say(f"{worker.spec.id} did not start: {error!r}", "debug" if worker.node else "warning")
+            return False
+        return True
+
+    def _whisper(self, line: str | Step) -> None:
+        """Of what may fail, and is tried again."""
+        self._say(line, "debug")
 
     @property
     def _room_seconds(self) -> float:

@@ -19,6 +19,8 @@ from cluster.config.values import Address
 from cluster.front.actor import FrontActor, FrontSpec
 from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
+from cluster.pools.nodes import living_nodes
+from cluster.pools.room import Room
 from cluster.scheduler.actor import SchedulerActor
 from cluster.scheduler.admission import AdmissionPolicy
 from cluster.scheduler.autoscaler import AutoscalePolicy, Bounds
@@ -40,9 +42,19 @@ class Processes:
     def __init__(self, config: Config, site: Site) -> None:
         self._config = config
         self._site = site
+        self._avoided: frozenset[str] = frozenset()
 
-    def worker(self, spec: WorkerSpec) -> Any:  # noqa: ANN401 (handles are untyped)
-        """On any node with room for it and its pool's labels."""
+    @property
+    def avoided(self) -> frozenset[str]:
+        """Ray's ids of nodes where no worker starts any more."""
+        return self._avoided
+
+    def avoid(self, node: str) -> None:
+        """From now on. Those that are dead are forgotten: their ids never come back."""
+        self._avoided = frozenset({node} | {other.id for other in living_nodes() if other.id in self._avoided})
+
+    def worker(self, spec: WorkerSpec, node: str = "") -> Any:  # noqa: ANN401 (handles are untyped)
+        """On `node`, or on any with room for it and its pool's labels."""
         environment = {
             "OMP_NUM_THREADS": str(spec.threads),
             "MKL_NUM_THREADS": str(spec.threads),
@@ -50,9 +62,15 @@ class Processes:
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         }
         options = actor_options(environment) | self.needs(spec) | {"concurrency_groups": {CONTROL: _MANY_CALLS}}
-        if labels := self.labels(spec):
-            options |= {"label_selector": labels}
+        if node:
+            options |= here(node)
+        elif selector := self.room(spec).selector:
+            options |= {"label_selector": selector}
         return ray.remote(**options)(WorkerActor).remote(spec)  # pyright: ignore
+
+    def room(self, spec: WorkerSpec) -> Room:
+        """What it asks of its node."""
+        return Room(self.needs(spec), self.labels(spec), self._avoided)
 
     def needs(self, spec: WorkerSpec) -> dict[str, float]:
         """What a worker asks of Ray, as its options name it. A Ray of our own is as large as the machine."""
@@ -148,5 +166,5 @@ def actor_options(environment: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def here(node: str) -> dict[str, Any]:
-    """Options that keep an actor on the machine whose ports were promised to clients."""
+    """Options that keep an actor on one machine, as on that whose ports were promised to clients."""
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}

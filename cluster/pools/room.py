@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import ray
 
+from cluster.pools.nodes import living_nodes
 from diptych.errors import ServingError
 from workers.actors import answer
 
-_QUIET_SECONDS = 15.0
+QUIET_SECONDS: Final = 15.0
 """A process starts faster than this, on a busy machine too."""
+_NODE_ID: Final = "ray.io/node-id"
+"""A label that Ray gives every node."""
 
 
 class NoRoom(ServingError):
@@ -25,6 +28,19 @@ class Room(NamedTuple):
     needs: Mapping[str, float]
     """By the names of Ray's options."""
     labels: Mapping[str, str]
+    avoided: frozenset[str] = frozenset()
+    """Ray's ids of nodes that it must not be on."""
+
+    @property
+    def named_needs(self) -> dict[str, float]:
+        """By Ray's names of resources instead of its options' names."""
+        return {name.removeprefix("num_").upper()[:3]: amount for name, amount in self.needs.items() if amount}
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """For `label_selector`."""
+        away = {_NODE_ID: f"!in({','.join(sorted(self.avoided))})"} if self.avoided else {}
+        return {**self.labels, **away}
 
 
 async def wait_room(
@@ -39,10 +55,10 @@ async def wait_room(
         say(f"{who} waits for a node to be added: {too_large}")
     ready = asyncio.ensure_future(answer(handle.__ray_ready__.remote(), who))
     try:
-        await asyncio.wait({ready}, timeout=min(_QUIET_SECONDS, seconds))
+        await asyncio.wait({ready}, timeout=min(QUIET_SECONDS, seconds))
         if not ready.done() and not too_large:
             say(f"{who} waits for room: {_state(room)}")
-        await asyncio.wait_for(ready, max(0.0, seconds - _QUIET_SECONDS))
+        await asyncio.wait_for(ready, max(0.0, seconds - QUIET_SECONDS))
     except TimeoutError:
         raise NoRoom(
             f"Ray had no room for {who} within {seconds:g} s: {_too_large(room) or _state(room)}. Add nodes, start "
@@ -50,27 +66,18 @@ async def wait_room(
         ) from None
 
 
-def _named(needs: Mapping[str, float]) -> dict[str, float]:
-    """By Ray's names of resources instead of its options' names."""
-    return {name.removeprefix("num_").upper()[:3]: amount for name, amount in needs.items() if amount}
-
-
 def _too_large(room: Room) -> str:
     """Why no node of this Ray could have it, however idle."""
-    wanted = _named(room.needs)
-    alive = cast("list[dict[str, Any]]", [node for node in ray.nodes() if node["Alive"]])  # pyright: ignore
-    nodes: list[Mapping[str, float]] = [node["Resources"] for node in alive if room.labels.items() <= _labels(node)]
-    if room.labels and not nodes:
-        return f"no node is labelled {_told(room.labels)} (`ray start --labels`)"
-    if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+    wanted = room.named_needs
+    nodes = [node for node in living_nodes() if node.has(room.labels) and node.id not in room.avoided]
+    if not nodes:
+        labelled = f"no node is labelled {_told(room.labels)} (`ray start --labels`)" if room.labels else "no node"
+        return labelled + (" that is to stay" if room.avoided else "")
+    if any(node.fits(wanted) for node in nodes):
         return ""
-    largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
+    largest = {name: max(node.resources.get(name, 0.0) for node in nodes) for name in wanted}
     labelled = f" labelled {_told(room.labels)}" if room.labels else ""
     return f"it needs {_amounts(wanted)} on one node{labelled}, the most that one has is {_amounts(largest)}"
-
-
-def _labels(node: Mapping[str, Any]) -> Any:  # noqa: ANN401 (a view of them)
-    return dict(node.get("Labels") or {}).items()
 
 
 def _told(labels: Mapping[str, str]) -> str:
@@ -78,7 +85,7 @@ def _told(labels: Mapping[str, str]) -> str:
 
 
 def _state(room: Room) -> str:
-    wanted = _named(room.needs)
+    wanted = room.named_needs
     free = cast("Mapping[str, float]", ray.available_resources())  # pyright: ignore
     total = cast("Mapping[str, float]", ray.cluster_resources())  # pyright: ignore
     if not wanted:

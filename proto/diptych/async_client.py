@@ -130,6 +130,11 @@ class AsyncClient:
         async with self._call():
             return await self._admin.Drain(DrainRequest(worker=worker, replace=replace), timeout=CHANGE_SECONDS)
 
+    async def drain_node(self, node: str) -> DrainResponse:
+        """Takes all workers of a Ray node (address or id) out of service; returns when they have ended."""
+        async with self._call():
+            return await self._admin.Drain(DrainRequest(node=node), timeout=CHANGE_SECONDS)
+
     async def set_role(self, worker: str, role: str) -> SetRoleResponse:
         """What a worker does from now on: "prefill", "decode" or "mixed"."""
         request = SetRoleRequest(worker=worker, role=role_number(role))

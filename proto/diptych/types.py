@@ -446,6 +446,8 @@ class WorkerInfo:
     threads: int
     computes: str = ""
     """With which kernels and weights, in words."""
+    node: str = ""
+    """Ray's id of the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -609,6 +611,14 @@ class DrainWorker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrainNode:
+    """All workers of a Ray node out of service, because it is to go; their pools get others elsewhere."""
+
+    node: str
+    """Its address, or Ray's id of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SetWorkerRole:
     """What it does from now on; what it has begun it ends."""
 
@@ -624,7 +634,7 @@ class ScalePool:
     workers: int
 
 
-Operation: TypeAlias = DrainWorker | SetWorkerRole | ScalePool
+Operation: TypeAlias = DrainWorker | DrainNode | SetWorkerRole | ScalePool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

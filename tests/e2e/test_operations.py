@@ -182,6 +182,11 @@ def test_the_last_that_decodes_can_not_go_and_a_stranger_is_not_known(four: Clus
         client.drain("scheduler")
     with pytest.raises(InvalidRequest, match="no worker 'nobody' here"):
         client.set_role("nobody", "mixed")
+    node = client.status().workers[0].info.node
+    with pytest.raises(InvalidRequest, match="is the only node of this Ray: add another first"):
+        client.drain_node(node)
+    with pytest.raises(InvalidRequest, match="no node 'no such node' in this Ray, but "):
+        client.drain_node("no such node")
     assert ids(client.status()) == ["decode-0", "decode-1", "prefill-0", "prefill-1"]
 
 
@@ -196,5 +201,9 @@ def test_the_commands_say_what_they_did(four: Cluster) -> None:
     assert run("scale", "decode", "2").startswith("0 decode has 2: nothing to do")
     assert run("drain", "front-0", "--replace").startswith("0 front-0 has a successor, ")
     assert run("drain", "decode-1").startswith("0 decode-1 has ended: ")
+    assert "no node '10.9.9.9' in this Ray" in run("drain", "--node", "10.9.9.9")
+    assert run("drain").startswith("2 ")
+    assert run("drain", "decode-0", "--node", "10.9.9.9").startswith("2 ")
+    assert run("drain", "--replace", "--node", "10.9.9.9").startswith("2 ")
     assert run("drain", "decode-0").startswith("1 diptych: without decode-0 nobody would decode")
     assert run("scale", "decode", "2").startswith("0 decode has 2: started decode-1")

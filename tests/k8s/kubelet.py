@@ -72,6 +72,8 @@ class Pod:
     """When a controller says it; else the container's own."""
     process: subprocess.Popen[bytes] = field(init=False)
     address: str = field(init=False)
+    hook: subprocess.CompletedProcess[str] | None = field(init=False, default=None)
+    """What preStop did, once it ran."""
 
     def __post_init__(self) -> None:
         self.name = f"p{uuid.uuid4().hex[:8]}"
@@ -105,8 +107,8 @@ class Pod:
         hook = self.container.get("lifecycle", {}).get("preStop", {})
         if "sleep" in hook:
             threading.Event().wait(hook["sleep"]["seconds"])
-        if "exec" in hook:
-            assert self.exec(*hook["exec"]["command"]).returncode == 0
+        if "exec" in hook:  # one that fails is an event, and the end goes on
+            self.hook = self.exec(*hook["exec"]["command"], seconds=grace)
         os.kill(self.first_process, signal.SIGTERM)
         try:
             status = self.process.wait(max(0.1, grace - (time.monotonic() - begun)))
@@ -137,11 +139,11 @@ class Pod:
             raise ValueError(f"{self.pods.where} has no process 1")
         return int(children[0])
 
-    def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def exec(self, *command: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """`kubectl exec`, with the container's variables."""
         inside = ["nsenter", "--target", str(self.first_process), *INSIDE, *command]
         told = self.environment(self.container, self.added)
-        return subprocess.run(inside, env=told, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(inside, env=told, capture_output=True, text=True, timeout=seconds, check=False)
 
     # ---- probes ----------------------------------------------------------------------------------------------
 
@@ -197,6 +199,8 @@ class Pod:
             return self.machine.secrets[source["secretKeyRef"]["name"]][source["secretKeyRef"]["key"]]
         if "fieldRef" in source:
             path = source["fieldRef"]["fieldPath"]
+            if path == "status.podIP":
+                return self.address
             return self.pods.labels[path.removeprefix("metadata.labels['").removesuffix("']")]
         return variable["value"]
 

@@ -34,6 +34,9 @@ pytestmark = [
 
 WAIT_SECONDS = 120
 LOST_SECONDS = 30
+LONG = 1500
+"""Tokens of an answer that is still under way when a pod has come up."""
+FRONT_SERVICE = "diptych"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -53,6 +56,8 @@ class Cluster:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.machine.secrets["diptych"]["auth_token"]}
         pod = self.pods[name] = Pod(group, self.machine, by.variables | token, by.command)
         self.machine.hosts.setdefault(head_name(self.spec), pod.address)
+        if name == "front":
+            self.machine.hosts.setdefault(FRONT_SERVICE, pod.address)
         pod.start()
         return pod
 
@@ -120,7 +125,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, default_model: ModelSource
         it = Cluster(docs, machine)
         try:
             it.start("headgroup").wait_started()
-            for name in ("prefill", "decode", "front"):
+            for name in ("front", "prefill", "decode"):
                 it.start(name)
             yield it
         finally:
@@ -163,6 +168,28 @@ def test_a_machine_that_is_cut_off_is_lost_in_seconds_and_its_pods_successor_tak
         assert len(answer.result(WAIT_SECONDS)) == len(before), "it went on where it was; bf16 may say it otherwise"
     assert cluster.workers()["decode-0"].info.epoch > epoch
     assert cluster.ask(400) == before
+
+
+def test_a_worker_pod_that_ends_hands_on_what_it_does(cluster: Cluster) -> None:
+    """preStop drains it: the only one that decodes stays until its successor, which comes meanwhile, serves."""
+    whole, leaving = cluster.ask(LONG), cluster.pods["decode"]
+    with ThreadPoolExecutor(2) as threads:
+        begun = threading.Event()
+        answer = threads.submit(cluster.stream, LONG, begun)
+        assert begun.wait(WAIT_SECONDS)
+        end = threads.submit(leaving.terminate)
+        successor = cluster.start("decode")
+        status, seconds = end.result(leaving.pods.spec["terminationGracePeriodSeconds"])
+        assert cluster.front.passes("readinessProbe")
+        assert len(answer.result(WAIT_SECONDS)) == len(whole), "bf16 may say it otherwise"
+    assert leaving.hook
+    print(f"decode: {leaving.hook.stdout.strip()}; exit status {status} after {seconds:.1f} s")
+    assert leaving.hook.returncode == 0, leaving.hook.stderr
+    assert "ended, " in leaving.hook.stdout
+    leaving.close()
+    decoding = [worker.info.host for worker in cluster.workers().values() if "decode" in worker.info.id]
+    assert decoding == [successor.address]
+    assert cluster.ask(LONG) == whole
 
 
 def test_a_front_that_ends_lets_answers_under_way_end(cluster: Cluster) -> None:

@@ -20,20 +20,24 @@ ROLE_DECODE: Role
 ROLE_MIXED: Role
 
 class DrainRequest(_message.Message):
-    __slots__ = ("worker", "replace")
+    __slots__ = ("worker", "replace", "node")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     replace: bool
-    def __init__(self, worker: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+    node: str
+    def __init__(self, worker: _Optional[str] = ..., replace: _Optional[bool] = ..., node: _Optional[str] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
-    __slots__ = ("moved", "seconds")
+    __slots__ = ("moved", "seconds", "ended")
     MOVED_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     moved: int
     seconds: float
-    def __init__(self, moved: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    ended: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, moved: _Optional[int] = ..., seconds: _Optional[float] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetRoleRequest(_message.Message):
     __slots__ = ("worker", "role")
@@ -157,7 +161,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., alive: _Optional[bool] = ..., report_age_seconds: _Optional[float] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("id", "role", "epoch", "build", "model_digest", "layout", "blocks", "max_context", "device", "host", "pid", "threads", "computes")
+    __slots__ = ("id", "role", "epoch", "build", "model_digest", "layout", "blocks", "max_context", "device", "host", "pid", "threads", "computes", "node")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +175,7 @@ class WorkerInfo(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     COMPUTES_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: Role
     epoch: int
@@ -184,7 +189,8 @@ class WorkerInfo(_message.Message):
     pid: int
     threads: int
     computes: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., build: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., blocks: _Optional[int] = ..., max_context: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., threads: _Optional[int] = ..., computes: _Optional[str] = ...) -> None: ...
+    node: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., epoch: _Optional[int] = ..., build: _Optional[str] = ..., model_digest: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., blocks: _Optional[int] = ..., max_context: _Optional[int] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., threads: _Optional[int] = ..., computes: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("layers", "kv_heads", "block_size", "head_dim", "dtype", "shard", "shards")

@@ -83,6 +83,8 @@ class AdminServiceServicer:
     def Drain(self, request, context):
         """Takes a worker out of service: it gets no new work, its answers go on elsewhere, and it ends when nobody
         needs its blocks any more. No request fails. INVALID_ARGUMENT when nobody would be left to serve.
+        Or all workers of a Ray node that is to go: nothing is started there any more, the pools get successors
+        elsewhere, and what could not be done without is waited for, within cluster.drain_seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

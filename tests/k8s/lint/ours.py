@@ -30,6 +30,8 @@ PROMQL_WORDS = {"by", "without", "and", "or", "unless", "on", "ignoring", "le", 
 OTHERS = ("ray_", "up")
 """Metrics of Ray and of Prometheus itself."""
 SERVES = "serve"
+NODE_END_SECONDS = 30
+"""A raylet ends its processes one by one."""
 
 
 def commands_exist(docs: list[Doc]) -> Iterator[str]:
@@ -139,6 +141,38 @@ def a_stop_in_order_fits_its_grace(docs: list[Doc]) -> Iterator[str]:
                 yield f"{pod.where}: a stop may take {needed} s, terminationGracePeriodSeconds is {given}"
 
 
+def a_drain_fits_its_grace(docs: list[Doc]) -> Iterator[str]:
+    """As preStop it is bounded by cluster.drain_seconds; then SIGTERM ends the Ray node."""
+    draining = {where for where, _ in _drains(docs)}
+    for config in _configs(docs):
+        for pod in pods(docs):
+            given = pod.spec.get("terminationGracePeriodSeconds", 30)
+            bound = config.cluster.drain_seconds
+            if pod.where in draining and given < bound + NODE_END_SECONDS:
+                took = f"a drain may take {bound:g} s and the Ray node's end {NODE_END_SECONDS}"
+                yield f"{pod.where}: {took}, terminationGracePeriodSeconds is {given}"
+
+
+def workers_drain_before_their_end(docs: list[Doc]) -> Iterator[str]:
+    """By their node: a pod doesn't know which workers Ray put on it."""
+    draining = {where for where, arguments in _drains(docs) if "--node" in arguments}
+    for config in _configs(docs):
+        for name in ("prefill", "decode", "mixed"):
+            labels = config.pools.of(name).node_labels
+            found = [pod for pod in pods(docs) if labels and labels.items() <= pod.node_labels.items()]
+            for pod in found:
+                if pod.where not in draining:
+                    yield f"{pod.where}: workers of pools.{name} end here without `diptych drain --node` as preStop"
+
+
+def _drains(docs: list[Doc]) -> Iterator[tuple[str, list[str]]]:
+    """Which pods, and with which arguments."""
+    for command in commands(docs):
+        where, _, when = command.where.rpartition(": ")
+        if when == "preStop" and command.arguments[0] == "drain":
+            yield where, command.arguments
+
+
 def _serving(docs: list[Doc]) -> list[Pods]:
     where = {command.where.partition(":")[0] for command in commands(docs) if command.arguments[0] == SERVES}
     return [pod for pod in pods(docs) if pod.where in where]
@@ -204,6 +238,8 @@ RULES = (
     pools_find_their_nodes,
     fronts_listen_where_services_lead,
     a_stop_in_order_fits_its_grace,
+    a_drain_fits_its_grace,
+    workers_drain_before_their_end,
     grpc_probes_ask_services_that_there_are,
     metrics_exist,
 )
