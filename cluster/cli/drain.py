@@ -10,19 +10,14 @@ from diptych.client import Client
 
 @click.command(short_help="Take a worker out of service, losing no request.", epilog=EXIT_CODES)
 @click.argument("worker", required=False)
-@click.option("--node", metavar="NODE", help="Instead of WORKER: all workers of a Ray node (address or id).")
-@click.option("--replace", is_flag=True, help="Start its successor when it has ended: one step of a rolling restart.")
+@click.option("--node", metavar="NODE", help="All workers of a Ray node (address or id).")
+@click.option("--replace", is_flag=True, help="Start its successor when it has ended.")
 @takes_grpc
 def drain(worker: str | None, node: str | None, replace: bool, target: str) -> None:
     """Give WORKER no new work, let its answers go on elsewhere with their KV, and end it.
 
-    Returns when it has ended. Refused when nobody would be left to serve.
-
-    `front-0` and the like, and `scheduler`, can be given a successor (--replace): a front's is on its ports before it
-    ends the answers that it has begun; the command returns when the successor serves.
-
-    --node is for a node that is to go: nothing is started there any more, and its workers get successors elsewhere. If
-    nobody could serve without them, they stay until one is up, for three quarters of cluster.drain_seconds.
+    Returns when it has ended; refused when nobody would be left to serve. `front-N` and `scheduler` need --replace.
+    A --node's workers get successors on other nodes; who can't be done without stays until one is up.
 
     \b
     Example:

@@ -66,7 +66,7 @@ def test_what_docker_is_given_is_enough_for_the_wheel_and_has_all_packages(tmp_p
     subprocess.run([*pip, "--wheel-dir", wheels, "."], cwd=source, check=True, capture_output=True, timeout=120)
     [wheel] = wheels.iterdir()
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=60)
-    install = [venv / "bin/python", "-m", "pip", "install", "--no-deps", "--no-index", wheel]
+    install = [venv / "bin/python", "-I", "-m", "pip", "install", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, capture_output=True, timeout=60)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(venv)}))
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))

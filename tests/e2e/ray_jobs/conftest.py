@@ -62,7 +62,8 @@ class Venv:
         (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
 
     def install(self, wheel: Path) -> None:
-        pip = [self.python, "-m", "pip", "install", "--no-deps", "--no-index", wheel]
+        # Isolated: a checkout on PYTHONPATH would count as installed.
+        pip = [self.python, "-I", "-m", "pip", "install", "--no-deps", "--no-index", wheel]
         subprocess.run(pip, check=True, timeout=60, capture_output=True)
 
     def uninstall(self) -> None:
@@ -375,7 +376,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 @pytest.fixture(scope="session")
 def unused_ports() -> Iterator[int]:
     """One after the other, none twice."""
-    return iter(free_ports(24))
+    return iter(free_ports(60))
 
 
 @pytest.fixture(scope="session")
