@@ -8,7 +8,6 @@ the beginning. Only who spoke through a front that was killed or frozen may hear
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -23,9 +22,10 @@ import pytest
 
 from diptych import Client
 from diptych.errors import ServingError
+from tests.e2e.faults.phases import PHASES, RUNNING, WAIT_SECONDS, Seen, Stream, asks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from diptych.v1.admin_pb2 import WorkerStatus
     from tests.e2e.conftest import Cluster, Start
@@ -33,69 +33,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.e2e
 
 LEASE_SECONDS = 2.5
-WAIT_SECONDS = 90
-"""For any answer: detection, a successor, and what is left to compute on a busy machine."""
 ACTORS = {"WorkerActor": 4, "FrontActor": 2, "SchedulerActor": 1}
-RUNNING = 4
-"""Sequences in one worker."""
 VICTIMS = ("prefill-0", "decode-0", "scheduler", "front-0")
 FAULTS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 FAST = {("decode-0", "KILL", "decoding"), ("prefill-0", "STOP", "transferring"), ("front-0", "KILL", "decoding")}
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What workers and clients tell of requests under way."""
-
-    workers: dict[str, WorkerStatus]
-    heard: list[int]
-    """Tokens, by request."""
-
-    def total(self, role: str, what: str) -> int:
-        return sum(getattr(worker.load, what) for name, worker in self.workers.items() if name.startswith(role))
-
-    def speaking(self, least: int) -> int:
-        """Requests of which so many tokens were heard."""
-        return sum(count >= least for count in self.heard)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What is asked so that several requests are in a phase at once, and how one sees it."""
-
-    prompt: int
-    tokens: int
-    requests: int
-    is_on: Callable[[Seen], bool]
-
-
-PHASES = {
-    "queued": Phase(600, 30, 24, lambda seen: seen.total("", "waiting_requests") > RUNNING),
-    "prefilling": Phase(3000, 10, 4, lambda seen: seen.total("prefill", "waiting_tokens") > 1000),
-    "prefilled": Phase(400, 200, 14, lambda seen: seen.total("prefill", "blocks_lent") > 0),
-    "transferring": Phase(3000, 20, 4, lambda seen: seen.total("decode", "blocks_granted") > 0),
-    "decoding": Phase(50, 500, 8, lambda seen: seen.speaking(20) >= RUNNING),
-}
-
-
-class Stream:
-    """One request, read by a thread of its own."""
-
-    def __init__(self, client: Client, ask: dict[str, Any], threads: ThreadPoolExecutor) -> None:
-        self.heard: list[int] = []
-        self._end = threads.submit(self._read, client, ask)
-
-    def _read(self, client: Client, ask: dict[str, Any]) -> None:
-        for response in client.generate(**ask):
-            self.heard += response.chunk.token_ids
-
-    @property
-    def is_over(self) -> bool:
-        return self._end.done()
-
-    def wait(self) -> BaseException | None:
-        """Until it ends; the error that it ended in. Raises TimeoutError."""
-        return self._end.exception(WAIT_SECONDS)
 
 
 @dataclass
@@ -115,25 +56,10 @@ class Hall:
     def workers(self, front: int) -> dict[str, WorkerStatus]:
         return {worker.info.id: worker for worker in self.clients[front].status().workers}
 
-    def asks(self, name: str, run: str) -> list[dict[str, Any]]:
-        """Of a tenant of its own: nothing that another run left in a cache is found."""
-        phase, dice = PHASES[name], random.Random(name)
-        return [
-            {
-                "tokens": dice.choices(range(3, 256), k=phase.prompt),
-                "max_tokens": phase.tokens,
-                "temperature": (0, 1.0)[place % 2],
-                "seed": place,
-                "ignore_eos": True,
-                "tenant": run,
-            }
-            for place in range(phase.requests)
-        ]
-
     def undisturbed(self, name: str) -> list[list[int]]:
         if name not in self.expected:
             with ThreadPoolExecutor(PHASES[name].requests) as threads:
-                streams = [Stream(self.clients[1], ask, threads) for ask in self.asks(name, "undisturbed")]
+                streams = [Stream(self.clients[1], ask, threads) for ask in asks(name, "undisturbed")]
                 assert [stream.wait() for stream in streams] == [None] * len(streams)
             self.expected[name] = [stream.heard for stream in streams]
         return self.expected[name]
@@ -245,9 +171,9 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("victim", "fault", "phase"), cases())
 def test_nobody_but_a_struck_front_costs_an_answer(hall: Hall, victim: str, fault: str, phase: str) -> None:
-    expected, asks = hall.undisturbed(phase), hall.asks(phase, f"{victim} {fault}")
-    with ThreadPoolExecutor(len(asks)) as threads:
-        streams = [Stream(hall.clients[place % 2], ask, threads) for place, ask in enumerate(asks)]
+    expected, asked = hall.undisturbed(phase), asks(phase, f"{victim} {fault}")
+    with ThreadPoolExecutor(len(asked)) as threads:
+        streams = [Stream(hall.clients[place % 2], ask, threads) for place, ask in enumerate(asked)]
         hall.wait_phase(phase, streams)
         struck, began = hall.pid(victim), time.monotonic()
         os.kill(struck, FAULTS[fault])
@@ -263,6 +189,6 @@ def test_nobody_but_a_struck_front_costs_an_answer(hall: Hall, victim: str, faul
     wrong = [place for place, error in enumerate(errors) if not error and streams[place].heard != expected[place]]
     assert not wrong, f"requests {wrong} got other tokens"
     hall.wait_whole(struck)
-    exact, whole = len(asks) - len(cut_off), time.monotonic() - began
+    exact, whole = len(asked) - len(cut_off), time.monotonic() - began
     hall.rows.append(f"{victim:<12}{fault:<8}{phase:<14}{exact:>7}{len(cut_off):>9}{slowest:>11.1f}{whole:>9.1f}")
     print(hall.rows[-1], flush=True)
