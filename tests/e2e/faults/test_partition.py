@@ -38,7 +38,9 @@ pytestmark = [
 ]
 
 LEASE_SECONDS = 3.0
-NODES = {"prefill": "prefill", "decode": "decode", "decode-too": "decode"}
+GIVEN_UP_SECONDS = 12.0
+"""Twice what Ray's health checks take: 3 of 1 s, every 0.5 s."""
+NODES = {"prefill": "prefill", "prefill-too": "prefill", "decode": "decode", "decode-too": "decode"}
 CUTS = [
     *(("prefill", "everybody", phase) for phase in PHASES),
     *(("decode", "everybody", phase) for phase in PHASES),
@@ -93,6 +95,9 @@ class Site:
                 return
             time.sleep(0.02)
 
+    def until_lost(self, node: str) -> None:
+        until(lambda: node not in self.workers(), lambda: f"{node} counts as alive\n{self.log.read_text()[-3000:]}")
+
     def is_on(self, name: str, seen: Seen) -> bool:
         if name == "queued":  # at fewer workers than the matrix has
             return seen.total("", "waiting_requests") > 1
@@ -111,7 +116,7 @@ class Site:
         assert errors == [None] * len(errors), self.log.read_text()[-3000:]
         wrong = [place for place, stream in enumerate(streams) if stream.heard != expected[place]]
         assert not wrong, f"requests {wrong} got other tokens"
-        self.rows.append(f"{who:<24}{phase:<14}{len(asked):>7}{time.monotonic() - began:>11.1f}")
+        self.rows.append(f"{who:<28}{phase:<14}{len(asked):>7}{time.monotonic() - began:>11.1f}")
         print(self.rows[-1], flush=True)
 
     def wait_whole(self) -> None:
@@ -134,7 +139,8 @@ class Site:
         with ThreadPoolExecutor(6) as threads:
             tenant = str(time.monotonic())
             asked = [{"tokens": [7, place, *range(3, 60)], "max_tokens": 3, "tenant": tenant} for place in range(6)]
-            assert [Stream(self.client, ask, threads).wait() for ask in asked] == [None] * len(asked)
+            streams = [Stream(self.client, ask, threads) for ask in asked]
+            assert [stream.wait() for stream in streams] == [None] * len(asked)
         time.sleep(1.5)  # reports, and the status that fronts serve again
         return self.workers()["decode"].counters.transfers_committed > before
 
@@ -146,7 +152,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         for node, role in {"head": "", **NODES}.items():
             lan.start(node, role)
         address = lan.addresses["head"]
-        where = ("--http", f"{address}:0", "--grpc", f"{address}:0", "--prefill", "1", "--decode", "2")
+        where = ("--http", f"{address}:0", "--grpc", f"{address}:0", "--prefill", "2", "--decode", "2")
         keys = [part for key in KEYS for part in ("--set", key)]
         command = [sys.executable, "-m", "cluster", "serve", "--model", "random:tiny", *where, *keys]
         with log.open("w") as output:
@@ -158,7 +164,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         with Client(found[0], timeout_seconds=WAIT_SECONDS) as client:
             built = Site(lan, client, log)
             yield built
-        print("\n" + "\n".join([f"{'parted':<24}{'phase':<14}{'exact':>7}{'slowest s':>11}", *built.rows]))
+        print("\n" + "\n".join([f"{'parted':<28}{'phase':<14}{'exact':>7}{'slowest s':>11}", *built.rows]))
         serving.terminate()
         serving.wait(WAIT_SECONDS)
         serving.stdout.close()
@@ -168,10 +174,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def test_two_workers_that_do_not_hear_each_other_cost_no_answer(site: Site, phase: str) -> None:
     try:
         with site.strikes("prefill | decode", phase):
-            site.lan.part("prefill", "decode")
+            site.lan.sever("prefill", "decode")
         assert set(site.workers()) == set(NODES), "nobody is lost: all hear the scheduler"
     finally:
-        site.lan.join("prefill", "decode")
+        site.lan.mend("prefill", "decode")
     site.wait_whole()
     until(site.hands_off, lambda: f"they don't send again\n{site.log.read_text()[-3000:]}")
 
@@ -179,26 +185,23 @@ def test_two_workers_that_do_not_hear_each_other_cost_no_answer(site: Site, phas
 @pytest.mark.parametrize(("node", "others", "phase"), CUTS)
 def test_a_worker_that_is_not_heard_costs_no_answer(site: Site, node: str, others: str, phase: str) -> None:
     """Ray gives its node up, which ends itself then; a node in its place takes its work up again."""
-    epoch = site.workers()[node].info.epoch
+    epoch, began = site.workers()[node].info.epoch, time.monotonic()
     with site.strikes(f"{node} | {others}", phase):
-        if others == "everybody":
-            site.lan.cut(node)
-        else:
-            site.lan.part(node, others)
-        until(lambda: node not in site.workers(), lambda: f"{node} is not given up\n{site.log.read_text()[-3000:]}")
-        if node == "prefill":  # nobody else prefills: answers wait for its successor
-            replace(site.lan, node, others)
-    if node != "prefill":
-        replace(site.lan, node, others)
+        site.lan.sever(node, others)
+        site.until_lost(node)
+    time.sleep(max(0.0, began + GIVEN_UP_SECONDS - time.monotonic()))
+    site.lan.mend(node, others)
+    site.lan.wait_ended(node)
+    site.lan.start(node, NODES[node])
     site.wait_whole()
     assert site.workers()[node].info.epoch > epoch
 
 
-def replace(lan: Lan, node: str, others: str) -> None:
-    """What is left of it ends itself when it hears that it was given up."""
-    if others == "everybody":
-        lan.heal(node)
-    else:
-        lan.join(node, others)
-    lan.wait_ended(node)
-    lan.start(node, NODES[node])
+@pytest.mark.parametrize(("node", "phase"), [("prefill", "transferring"), ("decode", "decoding")])
+def test_a_worker_that_is_heard_again_soon_serves_again(site: Site, node: str, phase: str) -> None:
+    """Before Ray gives its node up: nobody starts anything."""
+    with site.strikes(f"{node} | everybody, soon", phase):
+        site.lan.sever(node, "everybody")
+        site.until_lost(node)
+        site.lan.mend(node, "everybody")
+    site.wait_whole()
