@@ -200,11 +200,13 @@ def _definitions(models: set[type[BaseModel]], mode: Any) -> Json:  # noqa: ANN4
 
 
 def _take_nulls(definition: Json) -> None:
-    """null means absent, in every object."""
+    """null means absent, in every object and of every name."""
     required = definition.get("required", [])
     for name, field in definition.get("properties", {}).items():
         if name not in required and {"type": "null"} not in field.get("anyOf", []):
             definition["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    if definition.get("additionalProperties") is False:
+        definition["additionalProperties"] = {"type": "null"}
 
 
 def _limit(properties: Json) -> None:
