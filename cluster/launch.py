@@ -14,12 +14,12 @@ import sys
 from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cluster.cache import cache_folder
 from cluster.config import Config
 from cluster.config.values import Address
 from cluster.journal import Journal
 from cluster.keeper import keep
 from cluster.models import resolve
-from cluster.models.cache import cache_folder
 from cluster.pools.members import Site, front_addresses
 from cluster.ray_address import RayUnusable, ray_address
 from cluster.ray_session import RaySession, open_ray, sweep

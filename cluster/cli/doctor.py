@@ -36,9 +36,9 @@ def doctor(effective: Config, *, as_json: bool) -> None:
     Example:
       diptych doctor --prefill 2
     """
+    from cluster.cache import cache_folder
     from cluster.doctor.machine import check_machine
     from cluster.doctor.software import check_software
-    from cluster.models.cache import cache_folder
 
     findings = [
         *check_machine(effective, os.environ, cache_folder()),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.models.cache import cache_folder
+from cluster.cache import cache_folder
 from cluster.models.digest import content_digest
 from cluster.models.errors import UnsupportedModel
 from cluster.models.hub import fetch_from_hub

@@ -7,14 +7,16 @@ who decodes it. No part needs the pair but the transfer, and that only whether t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from cluster.scheduler.fleet import Array
-from diptych.types import BlockHash, RequestId
+from diptych.types import BlockHash, How, RequestId
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
 
     from cluster.scheduler.fleet import Fleet
@@ -63,6 +65,31 @@ class Policy:
     itl_seconds: float | None = None
 
 
+class Asked(NamedTuple):
+    """What of a request, and of the cluster at that moment, its price depends on beside the fleet's columns."""
+
+    prompt_tokens: int
+    context: int
+    """The longest it can become, in tokens."""
+    answer_tokens: float
+    """How long its answer becomes, on average."""
+    held: Sequence[tuple[int, int]]
+    """(leading prompt tokens in whole blocks, a bit for the slot of each who has so many)."""
+    promised: Sequence[tuple[int, int]]
+    """As `held`, of those who will have them; later ones count where two name one slot."""
+    rank: int
+    now: float
+    """Monotonic seconds."""
+    ttft_seconds: float | None
+    """What it was promised; None when nobody promised anything."""
+    itl_seconds: float | None
+    usual_seconds: float | None
+    """What is usual to wait for the first token; None when that isn't known."""
+    late: Mapping[How, float]
+    """What each way's first tokens come later than the rest predicts."""
+    how: Rule
+
+
 @dataclass(slots=True, eq=False)
 class Estimate:
     """One request on each worker, by slot. Seconds unless named otherwise."""
@@ -106,18 +133,13 @@ class Estimate:
         return self.second_holder if slot == self.holder else self.holder
 
 
-def estimate(
-    fleet: Fleet,
-    prompt_tokens: int,
-    answer_tokens: float,
-    held: Array,
-    promised: Array | None,
-    idle_at: Array,
-    now: float,
-) -> Estimate:
-    """`idle_at`: by when each worker has computed what goes before it; `held`: leading prompt tokens that each has,
-    in whole blocks, `promised`: that it will have."""
-    reused = held if promised is None else np.maximum(held, promised)
+def estimate(fleet: Fleet, asked: Asked) -> Estimate:
+    """`native/pricing.cpp` says the same once more, operation for operation."""
+    prompt_tokens, answer_tokens = asked.prompt_tokens, asked.answer_tokens
+    held = reused = fleet.spread(asked.held)
+    if asked.promised:
+        promised = fleet.spread(asked.promised)
+        reused = np.maximum(held, promised if fleet.block_size else promised - promised % fleet.block_tokens)
     if reused[reused.argmax()] >= prompt_tokens:
         # The block of the last token is always computed: its logits are needed.
         reused = reused - fleet.block_tokens * (reused >= prompt_tokens)
@@ -128,7 +150,7 @@ def estimate(
     compute = fleet.beside_seconds + prompt
     if prompt_tokens > fleet.least_step_tokens:
         compute += fleet.beside_seconds * np.floor((computed - 1.0) / fleet.step_tokens)
-    wait = np.maximum(idle_at - now, 0.0)
+    wait = np.maximum(fleet.idle_at[asked.rank] - asked.now, 0.0)
     first_token = wait + compute
     if fetch is not None:
         first_token += fetch

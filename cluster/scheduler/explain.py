@@ -10,7 +10,9 @@ import numpy as np
 
 from cluster.scheduler.costs import Estimate
 from cluster.scheduler.fleet import FAR, NEAR
-from cluster.scheduler.placement import Considered, Sides, Way, alone, pair
+from cluster.scheduler.placement import Considered
+from cluster.scheduler.pricing import PlainCosts
+from cluster.scheduler.ways import Sides, Way, alone, pair
 from diptych.types import Candidate, CostTerm
 
 if TYPE_CHECKING:
@@ -42,13 +44,15 @@ def brief(considered: Considered) -> Considered:
     place = {slot: place for place, slot in enumerate(kept)}
     return considered._replace(
         way=way._replace(prefill=place.get(way.prefill, -1), decode=place[way.decode]),
-        estimate=few,
-        sides=Sides(
-            prefill=sides.prefill[kept],
-            decode=sides.decode[:, kept],
-            local=sides.local[kept],
-            mixed=sides.mixed[kept],
-            late=sides.late,
+        costs=PlainCosts(
+            few,
+            Sides(
+                prefill=sides.prefill[kept],
+                decode=sides.decode[:, kept],
+                local=sides.local[kept],
+                mixed=sides.mixed[kept],
+                late=sides.late,
+            ),
         ),
         ids=[considered.ids[slot] for slot in kept],
         hosts=considered.hosts[kept],

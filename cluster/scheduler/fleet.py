@@ -40,6 +40,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._by_host: tuple[Slots, Slots] | None = None
+        self._addresses: bytes | None = None
         self._fetching: dict[float, tuple[Array, Array]] = {}
         """By the holder's host."""
         self.placeable: dict[Role, int] = {"prefill": 0, "decode": 0, "mixed": 0}
@@ -122,6 +123,14 @@ class Fleet:
             self._by_host = order, np.flatnonzero(np.diff(self.host[order], prepend=-1.0))
         return self._by_host
 
+    def addresses(self, columns: Sequence[str]) -> bytes:
+        """Where in memory those columns begin, and the two of `by_host`; always asked for the same."""
+        if self._addresses is None:
+            found: list[Array | Slots] = [getattr(self, name) for name in columns]
+            assert all(column.flags.c_contiguous for column in found), "a column has gaps"
+            self._addresses = np.array([column.ctypes.data for column in (*found, *self.by_host)]).tobytes()
+        return self._addresses
+
     def mean_token_seconds(self) -> float:
         """To compute one prompt token, of those who compute prompts."""
         computes = (self.prefill == 0.0) | (self.mixed == 0.0)
@@ -133,7 +142,7 @@ class Fleet:
         """A worker's host, by number."""
         self.host = self.host.copy()  # Decisions that are still told of have the old one.
         self.host[slot] = host
-        self._by_host = None
+        self._by_host = self._addresses = None
         self.links_changed()
 
     def pool(self, role: Role) -> Array:
@@ -190,7 +199,7 @@ class Fleet:
                 setattr(self, name, np.concatenate((getattr(self, name), getattr(blank, name)), axis=-1))
         for name in columns:
             getattr(self, name)[..., slot] = getattr(blank, name)[..., 0]
-        self._by_host = None
+        self._by_host = self._addresses = None
         self.links_changed()
         for role in self.placeable:
             self.placeable[role] = int(np.count_nonzero(self.pool(role) == 0.0))

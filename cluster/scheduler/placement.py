@@ -4,56 +4,26 @@
     local    a decode worker does both
     mixed    a worker of the mixed pool does both
 
-Mixed workers also stand in for a prefill or a decode pool that has nobody. The cheapest way wins.
-A pair's cost is its two sides' and a transfer's that depends on whether they share a host, so the
-best pair is found among the best of each side, over all hosts and on each: no P x D pairs are priced.
-"""
+Mixed workers also stand in for a prefill or a decode pool that has nobody. The cheapest way wins."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from cluster.scheduler.costs import Estimate, Policy, RequestShape, Rule, estimate
+from cluster.scheduler.costs import Asked, Estimate, Policy, RequestShape, Rule
 from cluster.scheduler.events import RequestPlaced
-from cluster.scheduler.fleet import FAR, NEAR, Array, Fleet
-from cluster.scheduler.rule import compute_cost, decode_cost, harm_cost
+from cluster.scheduler.native_pricing import fastest_pricing
 from diptych.errors import NoWorker, PromptTooLong
-from diptych.types import How, Placement, Prediction
+from diptych.types import Placement, Prediction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Sequence
 
+    from cluster.scheduler.fleet import Array, Fleet
+    from cluster.scheduler.pricing import Costs, Priced
     from cluster.scheduler.view import ClusterView
+    from cluster.scheduler.ways import Sides, Way
     from diptych.types import Role, WorkerId
-
-
-class Way(NamedTuple):
-    """One way to serve the request, by slots; `prefill` is -1 when `decode` computes the prompt."""
-
-    cost: float
-    how: How
-    prefill: int
-    decode: int
-
-    @property
-    def computes(self) -> int:
-        """Who computes the prompt."""
-        return self.decode if self.prefill < 0 else self.prefill
-
-
-class Sides(NamedTuple):
-    """The costs that ways are made of, by slot; infinite where a worker can't be placed on."""
-
-    prefill: Array
-    """Of computing the prompt for another."""
-    decode: Array
-    """Of receiving and decoding it. Two rows: from the same host, or not."""
-    local: Array
-    mixed: Array
-    late: Mapping[How, float]
-    """What each way's first tokens come later than the rest predicts."""
 
 
 class Considered(NamedTuple):
@@ -61,8 +31,7 @@ class Considered(NamedTuple):
 
     placement: Placement
     way: Way
-    estimate: Estimate
-    sides: Sides
+    costs: Costs
     ids: Sequence[WorkerId | None]
     """By slot."""
     hosts: Array
@@ -71,6 +40,16 @@ class Considered(NamedTuple):
     """What the policy left open."""
     prompt_tokens: int
     computed_tokens: int
+
+    @property
+    def estimate(self) -> Estimate:
+        """Of each worker, by slot."""
+        return self.costs.estimate
+
+    @property
+    def sides(self) -> Sides:
+        """Of ways, by slot."""
+        return self.costs.sides
 
 
 class Decision(NamedTuple):
@@ -87,134 +66,54 @@ def place(view: ClusterView, shape: RequestShape, policy: Policy, now: float, ra
     `rank`: as which it is served, if not as its own.
     """
     rank = shape.rank if rank is None else rank
-    fleet, learning = view.fleet, view.learning
-    answer_tokens = learning.answer_tokens(shape.max_tokens)
-    held, promised = view.held_tokens(shape.granules), view.promised_tokens(shape.granules, now)
-    found = estimate(fleet, shape.prompt_tokens, answer_tokens, held, promised, fleet.idle_at[rank], now)
-    sides = _sides(view, found, shape, policy)
-    way = best_way(sides, fleet, policy)
-    if way is None:
+    asked = _asked(view, shape, policy, now, rank)
+    priced = fastest_pricing()(view.fleet, asked)
+    if priced is None:
         raise _refusal(view, shape, policy)
-    return _decision(view, shape, policy.how, rank, found, sides, way, now)
+    return _decision(view, shape, asked, priced)
 
 
-# ---- the ways ----------------------------------------------------------------------------------
-
-
-def _sides(view: ClusterView, found: Estimate, shape: RequestShape, policy: Policy) -> Sides:
-    fleet = view.fleet
-    computing = compute_cost(found, shape, policy, view.usual.seconds)
-    decoding = decode_cost(found, shape, policy) + fleet.tie
-    both = computing + decoding + harm_cost(found)
-    senders = fleet.prefill if fleet.placeable["prefill"] else fleet.mixed
-    # The mixed pool alone hands nothing over.
-    receivers = fleet.mixed if fleet.placeable["prefill"] and not fleet.placeable["decode"] else fleet.decode
-    decode, mixed = fleet.decode, fleet.mixed
-    if shape.context > fleet.shortest_context:
-        senders = senders + _too_long(fleet, shape.prompt_tokens)
-        too_long = _too_long(fleet, shape.context)
-        receivers, decode, mixed = receivers + too_long, decode + too_long, mixed + too_long
-    return Sides(
-        prefill=computing + fleet.tie + senders,
-        # A prompt that is being computed there holds up whoever joins.
-        decode=found.transfer + (decoding + found.wait + receivers),
-        local=both + decode,
-        mixed=both + mixed if fleet.placeable["mixed"] else mixed,
-        late=view.learning.late_seconds,
+def _asked(view: ClusterView, shape: RequestShape, policy: Policy, now: float, rank: int) -> Asked:
+    learning = view.learning
+    return Asked(
+        prompt_tokens=shape.prompt_tokens,
+        context=shape.context,
+        answer_tokens=learning.answer_tokens(shape.max_tokens),
+        held=view.held_depths(shape.granules),
+        promised=view.promised_depths(shape.granules, now),
+        rank=rank,
+        now=now,
+        ttft_seconds=policy.ttft_seconds if shape.ttft_seconds is None else shape.ttft_seconds,
+        itl_seconds=policy.itl_seconds if shape.itl_seconds is None else shape.itl_seconds,
+        usual_seconds=view.usual.seconds,
+        late=learning.late_seconds,
+        how=policy.how,
     )
 
 
-def _too_long(fleet: Fleet, tokens: int) -> Array:
-    return np.where(fleet.most_tokens >= tokens, 0.0, np.inf)
-
-
-def best_way(sides: Sides, fleet: Fleet, policy: Policy) -> Way | None:
-    """The cheapest; of equals, one without a transfer."""
-    ways: list[Way] = []
-    if policy.how != "remote":
-        ways.append(alone(sides, "local", int(sides.local.argmin())))
-        if fleet.placeable["mixed"]:
-            ways.append(alone(sides, "mixed", int(sides.mixed.argmin())))
-    if policy.how != "local":
-        ways += _pairs(sides, fleet)
-    best = min(ways)
-    return best if best.cost < np.inf else None
-
-
-def alone(sides: Sides, how: Literal["local", "mixed"], slot: int) -> Way:
-    """That worker as a way."""
-    cost = (sides.local if how == "local" else sides.mixed).item(slot) + sides.late[how]
-    return Way(cost, how, -1, slot)
-
-
-def _pairs(sides: Sides, fleet: Fleet) -> list[Way]:
-    """The best pair that shares a host and the best that doesn't; without the one that can't be better."""
-    prefill, decode = int(sides.prefill.argmin()), int(sides.decode[FAR].argmin())
-    best, late = pair(sides, fleet.host, prefill, decode), sides.late["remote"]
-    if fleet.host[prefill] != fleet.host[decode]:
-        bound = late + sides.prefill[prefill] + sides.decode[NEAR, int(sides.decode[NEAR].argmin())]
-        return [best] if best.cost <= bound else [best, *_near(sides, fleet, prefill)]
-    near = list(_near(sides, fleet, prefill))
-    if near and near[0].cost <= late + sides.prefill[prefill] + sides.decode[FAR, decode]:
-        return near
-    # One of the two is in the best pair across hosts, the other is the best of all other hosts.
-    elsewhere = np.where(fleet.host == fleet.host[prefill], np.inf, 0.0)
-    other_decode = int((sides.decode[FAR] + elsewhere).argmin())
-    other_prefill = int((sides.prefill + elsewhere).argmin())
-    return [
-        best,
-        *near,
-        pair(sides, fleet.host, prefill, other_decode),
-        pair(sides, fleet.host, other_prefill, decode),
-    ]
-
-
-def _near(sides: Sides, fleet: Fleet, prefill: int) -> Iterator[Way]:
-    """The best pair on one host; `prefill` is the best of all."""
-    order, starts = fleet.by_host
-    if len(starts) == 1:
-        yield pair(sides, fleet.host, prefill, int(sides.decode[NEAR].argmin()))
-    elif len(starts) < len(order):
-        senders, receivers = sides.prefill[order], sides.decode[NEAR][order]
-        host = int((np.minimum.reduceat(senders, starts) + np.minimum.reduceat(receivers, starts)).argmin())
-        there = slice(int(starts[host]), int(starts[host + 1]) if host + 1 < len(starts) else len(order))
-        sender, receiver = int(senders[there].argmin()), int(receivers[there].argmin())
-        yield pair(sides, fleet.host, int(order[there][sender]), int(order[there][receiver]))
-
-
-def pair(sides: Sides, hosts: Array, prefill: int, decode: int) -> Way:
-    """That pair as a way."""
-    kind = NEAR if hosts.item(prefill) == hosts.item(decode) else FAR
-    cost = sides.prefill.item(prefill) + sides.decode.item(kind, decode) + sides.late["remote"]
-    return Way(cost, "remote", prefill, decode)
-
-
-def _decision(
-    view: ClusterView, shape: RequestShape, how: Rule, rank: int, found: Estimate, sides: Sides, way: Way, now: float
-) -> Decision:
-    ids, fleet, computes, decode = view.ids, view.fleet, way.computes, way.decode
-    prefill = None if way.prefill < 0 else ids[way.prefill]
-    fetched = 0 if found.fetched_tokens is None else int(found.fetched_tokens.item(computes))
+def _decision(view: ClusterView, shape: RequestShape, asked: Asked, priced: Priced) -> Decision:
+    ids, fleet, way = view.ids, view.fleet, priced.way
+    fetched, decode = int(priced.fetched_tokens), way.decode
     placement = Placement(
         decode=_id(ids, decode),
-        prefill=prefill,
+        prefill=None if way.prefill < 0 else ids[way.prefill],
         how=way.how,
-        prefix_from=ids[found.holder_for(computes)] if fetched else None,
-        predicted=_prediction(fleet, found, way, fetched, sides.late[way.how]),
+        prefix_from=ids[priced.lender] if fetched else None,
+        predicted=_prediction(fleet, asked, priced),
     )
     placed = RequestPlaced(
-        at=now,
+        at=asked.now,
         request=shape.request,
         placement=placement,
-        rank=rank,
+        rank=asked.rank,
         granules=shape.granules,
-        tokens=int(found.missing_tokens.item(computes)) - fetched,
-        seconds=found.compute.item(computes),
-        blocks=-int(-found.missing_tokens.item(decode) // fleet.block_tokens.item(decode)),
-        context_tokens=shape.prompt_tokens + 0.5 * found.answer_tokens,
+        tokens=int(priced.uncached_tokens) - fetched,
+        seconds=priced.compute_seconds,
+        blocks=-int(-priced.lacked_tokens // fleet.block_tokens.item(decode)),
+        context_tokens=shape.prompt_tokens + 0.5 * asked.answer_tokens,
     )
-    considered = Considered(placement, way, found, sides, ids, fleet.host, how, shape.prompt_tokens, placed.tokens)
-    return Decision(placement, placed, considered)
+    tokens = shape.prompt_tokens, placed.tokens
+    return Decision(placement, placed, Considered(placement, way, priced.costs, ids, fleet.host, asked.how, *tokens))
 
 
 def _id(ids: Sequence[WorkerId | None], slot: int) -> WorkerId:
@@ -223,19 +122,15 @@ def _id(ids: Sequence[WorkerId | None], slot: int) -> WorkerId:
     return id_
 
 
-def _prediction(fleet: Fleet, found: Estimate, way: Way, fetched: int, residual_seconds: float) -> Prediction:
-    computes, decode = way.computes, way.decode
-    sent = way.prefill >= 0
-    kind = NEAR if fleet.host.item(computes) == fleet.host.item(decode) else FAR
-    gap = found.transfer.item(kind, decode) if sent else 0.0
-    if found.room is not None:
-        gap += found.room.item(decode)
+def _prediction(fleet: Fleet, asked: Asked, priced: Priced) -> Prediction:
+    way = priced.way
+    sent_bytes = 0 if way.prefill < 0 else int(priced.lacked_tokens * fleet.token_bytes.item(way.decode))
     return Prediction(
-        wait_seconds=found.wait.item(computes),
-        ttft_seconds=max(0.0, found.first_token.item(computes) + residual_seconds),
-        itl_seconds=found.step.item(decode) + gap / max(1.0, found.answer_tokens - 1.0),
-        cached_tokens=int(found.reused_tokens.item(computes)) + fetched,
-        transfer_bytes=int(found.missing_tokens.item(decode) * fleet.token_bytes.item(decode)) if sent else 0,
+        wait_seconds=priced.wait_seconds,
+        ttft_seconds=max(0.0, priced.first_token_seconds + asked.late[way.how]),
+        itl_seconds=priced.step_seconds + priced.gap_seconds / max(1.0, asked.answer_tokens - 1.0),
+        cached_tokens=int(priced.reused_tokens) + int(priced.fetched_tokens),
+        transfer_bytes=sent_bytes,
     )
 
 

@@ -2,6 +2,8 @@
 
     cost = when the answer is complete, and how much later everybody else's are because of it
 
+`native/pricing.cpp` says the same once more, with these weights.
+
 Seconds of the request and of the others count alike. Where somebody promised a first token or a pace,
 what keeps to the promise costs only the work it takes (so hits win), and a second beyond it counts
 many times (so the earliest wins).
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from cluster.scheduler.costs import Estimate, Policy, RequestShape
+    from cluster.scheduler.costs import Estimate
     from cluster.scheduler.fleet import Array
 
 WITHIN = 0.1
@@ -27,13 +29,12 @@ USUAL_JUMP = 0.1
 """What it counts for to wait longer than is usual, in parts of what is usual."""
 USUAL_BEYOND = 0.03
 """What each second beyond that counts for."""
-_NO_WAIT = 1e-9
+NO_WAIT = 1e-9
 """Seconds: an answer of one token is decoded by nobody, whatever the wait."""
 
 
-def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy, usual: float | None) -> Array:
+def compute_cost(estimate: Estimate, wish: float | None, usual: float | None) -> Array:
     """Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
-    wish = shape.ttft_seconds if shape.ttft_seconds is not None else policy.ttft_seconds
     first_token = estimate.first_token
     if wish is not None or usual is None:
         return _weighed(first_token, wish) + estimate.compute
@@ -41,9 +42,8 @@ def compute_cost(estimate: Estimate, shape: RequestShape, policy: Policy, usual:
     return USUAL_WITHIN * first_token + (first_token > usual) * late + estimate.compute
 
 
-def decode_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Array:
+def decode_cost(estimate: Estimate, wish: float | None) -> Array:
     """Of decoding there: its own answer, the wait for room, and the longer steps of who decodes there already."""
-    wish = shape.itl_seconds if shape.itl_seconds is not None else policy.itl_seconds
     pace = _weighed(estimate.step, wish) + estimate.rows * estimate.growth
     if wish is not None:
         # Those who decode there were promised as much.
@@ -55,7 +55,7 @@ def decode_cost(estimate: Estimate, shape: RequestShape, policy: Policy) -> Arra
 def harm_cost(estimate: Estimate) -> Array:
     """Of computing the prompt where others decode: each of them who still does when its turn comes waits for it."""
     decoding = (estimate.answer_tokens - 1.0) * estimate.step
-    return estimate.rows * estimate.prompt * decoding / (decoding + estimate.wait + _NO_WAIT)
+    return estimate.rows * estimate.prompt * decoding / (decoding + estimate.wait + NO_WAIT)
 
 
 def _weighed(seconds: Array, wish: float | None) -> Array:

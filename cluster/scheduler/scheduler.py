@@ -26,6 +26,7 @@ from cluster.scheduler.events import (
 from cluster.scheduler.explain import kept
 from cluster.scheduler.forecast import LearnedForecast
 from cluster.scheduler.gate import NEVER, Gate
+from cluster.scheduler.native_pricing import fastest_pricing
 from cluster.scheduler.placement import Decision, place
 from cluster.scheduler.pressure import pressure
 from cluster.scheduler.records import RECORDS, Records
@@ -82,6 +83,7 @@ class Scheduler:
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self._spec = spec
+        fastest_pricing()  # compiled, if it must be, before anybody waits for it
         self._view = ClusterView(stale_seconds=spec.stale_seconds)
         self._forecast = LearnedForecast(self._view)
         self._gate = Gate(self._view, spec.policy.how, max_running=spec.max_running, report_seconds=spec.report_seconds)

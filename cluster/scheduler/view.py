@@ -129,15 +129,16 @@ class ClusterView:
         """As `longest_prefix`, by slot."""
         return self.fleet.spread(self._index.depths(granules))
 
-    def promised_tokens(self, granules: Sequence[BlockHash], at: float) -> Array | None:
-        """What each worker will hold of it when it has done what was placed there; None where that is nothing."""
-        depths = self._promises.depths(granules, at)
-        if not depths:
-            return None
-        fleet = self.fleet
-        whole = fleet.block_size or GRANULE
-        tokens = fleet.spread([(depth * GRANULE // whole * whole, holders) for depth, holders in depths])
-        return tokens if fleet.block_size else tokens - tokens % fleet.block_tokens
+    def held_depths(self, granules: Sequence[BlockHash]) -> Sequence[tuple[int, int]]:
+        """As `longest_prefix`: (tokens, a bit for the slot of each who holds so many)."""
+        return self._index.depths(granules)
+
+    def promised_depths(self, granules: Sequence[BlockHash], at: float) -> Sequence[tuple[int, int]]:
+        """What workers will hold of it when they have done what was placed there, as `held_depths`; in whole blocks
+        where all workers' are of one size."""
+        whole = self.fleet.block_size or GRANULE
+        promised = self._promises.depths(granules, at)
+        return [(depth * GRANULE // whole * whole, holders) for depth, holders in promised]
 
     def apply(self, event: Event) -> None:
         """Fold one event in. What an unknown or buried worker says is ignored, not resurrected."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from cluster.models.cache import cache_folder
+from cluster.cache import cache_folder
 from cluster.models.naming import resolve
 from diptych.hashing import KvIdentity, granule_hashes
 from diptych.types import FrontId, ModelSource, Request, RequestId, SamplingParams, WeightFormat

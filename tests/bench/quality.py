@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.cache import cache_folder
 from cluster.front.tokenizer import TextModel
-from cluster.models.cache import cache_folder
 from cluster.models.naming import resolve
 from diptych.types import ModelSource, WeightFormat
 from kernels import Segment

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cluster.cache import cache_folder
 from cluster.models import DEFAULT_MODEL, resolve
-from cluster.models.cache import cache_folder
 from diptych.types import Request, WorkerId, WorkerSpec
 from tests.bench import timed_worker
 from tests.bench.link_rates import rates

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cache import cache_folder
 from cluster.models import DEFAULT_MODEL, ModelUnreachable, UnsupportedModel, resolve
-from cluster.models.cache import cache_folder
 from cluster.models.digest import WHOLE_LIMIT_BYTES, content_digest
 from cluster.models.wheel import WheelFile, fetch_from_wheel
 from diptych.errors import UnknownModel

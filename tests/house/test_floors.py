@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "cluster": ("cluster", "diptych", "workers.actors"),
     "cluster.simulate": ("cluster", "diptych", *TORCH_FREE_IN_WORKERS),
     "workers": ("workers", "kernels", "diptych"),
-    "kernels": ("kernels",),
+    "kernels": ("kernels", "diptych.compiling"),
     "diptych": ("diptych",),
 }
 TENSORS = ("torch", "triton", "cupy", "transformers")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
-from cluster.models.cache import cache_folder
+from cluster.cache import cache_folder
 from cluster.models.naming import resolve
 from tests.bench.peers.cases import CASES, Case, ask
 from tests.bench.results import ROOT, Figure, figure, report

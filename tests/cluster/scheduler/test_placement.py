@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from cluster.scheduler.costs import Policy, RequestShape
 from cluster.scheduler.events import Reported, RequestFinished, TimePassed, WorkerJoined
 from cluster.scheduler.explain import brief, candidates, reason
-from cluster.scheduler.placement import alone, pair, place
+from cluster.scheduler.placement import place
 from cluster.scheduler.rates import STEP_PRIOR, TRANSFER_PRIOR
 from cluster.scheduler.view import ClusterView
+from cluster.scheduler.ways import alone, pair
 from diptych.errors import NoWorker, PromptTooLong
 from diptych.types import (
     BlockHash,

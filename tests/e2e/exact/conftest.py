@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
 
+from cluster.cache import cache_folder
 from cluster.front.chat import ChatMessage
 from cluster.front.tokenizer import TextModel
-from cluster.models.cache import cache_folder
 from diptych.hashing import KvIdentity, granule_hashes
 from diptych.types import (
     Emission,

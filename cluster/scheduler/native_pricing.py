@@ -1,0 +1,168 @@
+"""`pricing` in C++ (`native/pricing.cpp`): one call a request. Knows where columns lie, not what they mean."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from struct import Struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from cluster.cache import cache_folder
+from cluster.scheduler import rule
+from cluster.scheduler.costs import Asked, Estimate
+from cluster.scheduler.pricing import Priced, price_by_numpy
+from cluster.scheduler.ways import Sides, Way
+from diptych.compiling import NoLibrary, compiled_library
+from diptych.types import How
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cluster.scheduler.fleet import Array, Fleet
+    from cluster.scheduler.pricing import Pricing
+
+# ---- the layouts that the C++ side reads and writes ------------------------------------------------
+
+_SOURCES: Final = Path(__file__).with_name("native")
+_COLUMNS: Final = (
+    *("beside_seconds", "token_seconds", "pair_seconds", "step_tokens"),
+    *("fetch_seconds", "fetch_token_seconds", "exposed_seconds", "exposed_token_seconds"),
+    *("idle_at", "rows", "row_seconds", "context_seconds", "context_tokens", "room_tokens", "tie"),
+    *("block_tokens", "most_tokens", "host", "prefill", "decode", "mixed", "alive"),
+)
+_WEIGHTS: Final = Struct("=6d").pack(
+    rule.WITHIN, rule.BEYOND, rule.USUAL_WITHIN, rule.USUAL_JUMP, rule.USUAL_BEYOND, rule.NO_WAIT
+)
+_ASKED: Final = Struct("=11q12d")
+_RULES: Final = {"auto": 0, "remote": 1, "local": 2}
+_HOWS: Final[tuple[How, How, How]] = ("local", "mixed", "remote")
+_ROWS: Final = 19
+_NOBODY: Final = float("nan")
+"""Stands for None where seconds were promised by nobody."""
+
+
+class NativeCosts(NamedTuple):
+    """All that C++ found, turned into columns when somebody asks."""
+
+    slots: int
+    found: ctypes.Array[ctypes.c_double]
+    """[rows, slots]"""
+    holder: int
+    second_holder: int
+    fetches: bool
+    waits_for_room: bool
+    answer_tokens: float
+    late: Mapping[How, float]
+
+    @property
+    def estimate(self) -> Estimate:
+        rows = self._rows()
+        return Estimate(
+            wait=rows[0],
+            reused_tokens=rows[1],
+            fetched_tokens=rows[2] if self.fetches else None,
+            fetch=rows[3] if self.fetches else None,
+            holder=self.holder,
+            second_holder=self.second_holder,
+            prompt=rows[4],
+            compute=rows[5],
+            first_token=rows[6],
+            transfer=rows[7:9],
+            room=rows[9] if self.waits_for_room else None,
+            step=rows[10],
+            growth=rows[11],
+            rows=rows[12],
+            missing_tokens=rows[13],
+            answer_tokens=self.answer_tokens,
+        )
+
+    @property
+    def sides(self) -> Sides:
+        rows = self._rows()
+        return Sides(prefill=rows[14], decode=rows[15:17], local=rows[17], mixed=rows[18], late=self.late)
+
+    def _rows(self) -> Array:
+        return np.frombuffer(self.found).reshape(_ROWS, self.slots)
+
+
+@cache
+def fastest_pricing() -> Pricing:
+    """In C++ where that compiles (2 s, once a machine), else in numpy: the same choices for the same costs."""
+    try:
+        return native_pricing(cache_folder() / "scheduler")
+    except NoLibrary:
+        return price_by_numpy
+
+
+def native_pricing(folder: Path | None) -> Pricing:
+    """From `folder` or compiled into it. Raises NoLibrary."""
+    call = compiled_library(_SOURCES, folder).price
+    call.argtypes = [*(ctypes.c_char_p,) * 3, *(ctypes.c_void_p,) * 2]
+    call.restype = None
+    answer = (ctypes.c_double * 18)()
+
+    def price(fleet: Fleet, asked: Asked) -> Priced | None:
+        slots = len(fleet)
+        found = _block(slots)()
+        call(_WEIGHTS, fleet.addresses(_COLUMNS), _packed(fleet, asked, slots), found, answer)
+        cost, how, prefill, decode, holder, second, fetches, waits, lender, *told = answer
+        if not cost < np.inf:
+            return None
+        way = Way(cost, _HOWS[int(how)], int(prefill), int(decode))
+        late, length = asked.late, asked.answer_tokens
+        costs = NativeCosts(slots, found, int(holder), int(second), bool(fetches), bool(waits), length, late)
+        return Priced(way, int(lender), *told, costs)
+
+    return price
+
+
+@cache
+def _block(slots: int) -> type[ctypes.Array[ctypes.c_double]]:
+    return ctypes.c_double * (_ROWS * slots)
+
+
+def _packed(fleet: Fleet, asked: Asked, slots: int) -> bytes:
+    order, starts = fleet.by_host
+    placeable, late = fleet.placeable, asked.late
+    ttft, itl, usual = asked.ttft_seconds, asked.itl_seconds, asked.usual_seconds
+    packed = _ASKED.pack(
+        slots,
+        len(starts),
+        len(order),
+        asked.rank,
+        _RULES[asked.how],
+        placeable["prefill"],
+        placeable["decode"],
+        placeable["mixed"],
+        fleet.block_size or 0,
+        len(asked.held),
+        len(asked.promised),
+        asked.prompt_tokens,
+        asked.context,
+        asked.answer_tokens,
+        asked.now,
+        fleet.least_step_tokens,
+        fleet.shortest_context,
+        _NOBODY if ttft is None else ttft,
+        _NOBODY if itl is None else itl,
+        _NOBODY if usual is None else usual,
+        late["local"],
+        late["mixed"],
+        late["remote"],
+    )
+    return packed + _depths(asked.held, slots) + _depths(asked.promised, slots)
+
+
+def _depths(depths: Sequence[tuple[int, int]], slots: int) -> bytes:
+    """Of each the tokens, and the slots as a bit set of whole words."""
+    words = -(-slots // 64)
+    layout = _depth_layout(words)
+    return b"".join([layout.pack(tokens, holders.to_bytes(8 * words, "little")) for tokens, holders in depths])
+
+
+@cache
+def _depth_layout(words: int) -> Struct:
+    return Struct(f"=d{8 * words}s")

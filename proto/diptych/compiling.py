@@ -1,0 +1,109 @@
+"""C++ compiled on the machine that runs it. Knows neither what it computes nor for whom.
+
+Compiled there, because that compiler knows that processor, and because a package built once would
+have to bring every variant. The result is kept in a folder under a name that says what it was made
+from, so a machine compiles once; without a compiler there is none, and Python does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# gcc 12 takes the intrinsics' own undefined operands for mistakes.
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+_COMPILERS = ("g++", "clang++", "c++")
+_COMPILE_SECONDS = 300.0
+
+
+class NoLibrary(Exception):
+    """There is none on this machine; the message says why and what would change that."""
+
+
+def compiled_library(sources: Path, folder: Path | None, *, needed: frozenset[str] = frozenset()) -> ctypes.CDLL:
+    """All C++ files of `sources` as one library, from `folder` or compiled into it (None: into a folder that goes
+    with the process's end). `needed`: what the processor must be able to do, as Linux names it.
+
+    Raises NoLibrary.
+    """
+    processor = _processor()
+    if not processor:
+        raise NoLibrary(f"this is {platform.system()} on {platform.machine()}; C++ is compiled on Linux on x86")
+    if missing := sorted(needed - processor):
+        raise NoLibrary(f"this processor lacks {', '.join(missing)}")
+    compiler = _compiler()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as passing:
+            return _opened(_compiled(sources, compiler, Path(passing), processor))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _opened(_compiled(sources, compiler, folder, processor))
+    except OSError as error:
+        raise NoLibrary(f"{folder}: {error}") from error
+
+
+def _processor() -> frozenset[str]:
+    """What it can do, as Linux names it."""
+    if platform.machine() not in ("x86_64", "AMD64") or not Path("/proc/cpuinfo").exists():
+        return frozenset()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def _compiler() -> tuple[str, ...]:
+    if chosen := os.environ.get("CXX"):
+        return tuple(chosen.split())
+    if found := next(filter(None, map(shutil.which, _COMPILERS)), None):
+        return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++")
+    return ()
+
+
+def _compiled(sources: Path, compiler: tuple[str, ...], folder: Path, processor: frozenset[str]) -> Path:
+    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
+    digest = hashlib.sha256(repr((_FLAGS, sorted(processor))).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    name = sources.parent.name
+    made = folder / f"{name}-{digest.hexdigest()[:16]}.so"
+    if made.exists():
+        return made
+    if not compiler:
+        raise NoLibrary("there is no C++ compiler: install g++, or `pip install ziglang`, which brings one")
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes start together: one compiles, the others wait
+        if not made.exists():
+            _compile(compiler, [str(file) for file in files if file.suffix == ".cpp"], made)
+    return made
+
+
+def _compile(compiler: tuple[str, ...], files: list[str], made: Path) -> None:
+    part = made.with_suffix(f".{os.getpid()}.part")
+    command = [*compiler, *_FLAGS, *files, "-o", str(part)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        if done.returncode:
+            raise NoLibrary(f"{compiler[0]} failed: {done.stderr[-2000:]}")
+        part.replace(made)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoLibrary(f"{compiler[0]} failed: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoLibrary(f"{path} can't be loaded ({error}): remove it") from error
