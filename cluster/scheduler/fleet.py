@@ -186,6 +186,20 @@ class Fleet:
         """After a change of what transfers take, or of who is where."""
         self._fetching.clear()
 
+    def queue(self, slot: int, rank: int, at: float, seconds: float) -> None:
+        """A prompt more to compute there: work for who comes after it, of its rank or a lower one."""
+        idle_at = self.idle_at
+        for lower in range(rank, RANKS):
+            idle_at[lower, slot] = max(idle_at.item(lower, slot), at) + seconds
+
+    def join_rows(self, slot: int, blocks: int, context_tokens: float) -> None:
+        """A request more that will decode there; `blocks` are those of its prompt that are not there yet."""
+        self.requests[slot] = self.requests.item(slot) + 1.0
+        self.rows[slot] = self.rows.item(slot) + 1.0
+        self.context_tokens[slot] = self.context_tokens.item(slot) + context_tokens
+        self.room_tokens[slot] = self.room_tokens.item(slot) - blocks * self.block_tokens.item(slot)
+        self.sum_step(slot)
+
     def rank(self, slot: int, turn: int) -> None:
         """Its place among equals, after a change of its requests or after it was chosen."""
         self.tie[slot] = self.requests.item(slot) * _TIE_REQUEST + turn * _TIE_TURN

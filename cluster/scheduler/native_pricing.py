@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from math import inf
 from pathlib import Path
 from struct import Struct
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -19,7 +20,7 @@ from diptych.compiling import NoLibrary, compiled_library
 from diptych.types import How
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from cluster.scheduler.fleet import Array, Fleet
     from cluster.scheduler.pricing import Pricing
@@ -37,6 +38,7 @@ _WEIGHTS: Final = Struct("=6d").pack(
     rule.WITHIN, rule.BEYOND, rule.USUAL_WITHIN, rule.USUAL_JUMP, rule.USUAL_BEYOND, rule.NO_WAIT
 )
 _ASKED: Final = Struct("=11q12d")
+_TOKENS: Final = Struct("=d")
 _RULES: Final = {"auto": 0, "remote": 1, "local": 2}
 _HOWS: Final[tuple[How, How, How]] = ("local", "mixed", "remote")
 _ROWS: Final = 19
@@ -50,39 +52,36 @@ class NativeCosts(NamedTuple):
     slots: int
     found: ctypes.Array[ctypes.c_double]
     """[rows, slots]"""
-    holder: int
-    second_holder: int
-    fetches: bool
-    waits_for_room: bool
-    answer_tokens: float
-    late: Mapping[How, float]
+    answer: Sequence[float]
+    asked: Asked
 
     @property
     def estimate(self) -> Estimate:
         rows = self._rows()
+        holder, second, fetches, waits = self.answer[4:8]
         return Estimate(
             wait=rows[0],
             reused_tokens=rows[1],
-            fetched_tokens=rows[2] if self.fetches else None,
-            fetch=rows[3] if self.fetches else None,
-            holder=self.holder,
-            second_holder=self.second_holder,
+            fetched_tokens=rows[2] if fetches else None,
+            fetch=rows[3] if fetches else None,
+            holder=int(holder),
+            second_holder=int(second),
             prompt=rows[4],
             compute=rows[5],
             first_token=rows[6],
             transfer=rows[7:9],
-            room=rows[9] if self.waits_for_room else None,
+            room=rows[9] if waits else None,
             step=rows[10],
             growth=rows[11],
             rows=rows[12],
             missing_tokens=rows[13],
-            answer_tokens=self.answer_tokens,
+            answer_tokens=self.asked.answer_tokens,
         )
 
     @property
     def sides(self) -> Sides:
         rows = self._rows()
-        return Sides(prefill=rows[14], decode=rows[15:17], local=rows[17], mixed=rows[18], late=self.late)
+        return Sides(prefill=rows[14], decode=rows[15:17], local=rows[17], mixed=rows[18], late=self.asked.late)
 
     def _rows(self) -> Array:
         return np.frombuffer(self.found).reshape(_ROWS, self.slots)
@@ -108,13 +107,12 @@ def native_pricing(folder: Path | None) -> Pricing:
         slots = len(fleet)
         found = _block(slots)()
         call(_WEIGHTS, fleet.addresses(_COLUMNS), _packed(fleet, asked, slots), found, answer)
-        cost, how, prefill, decode, holder, second, fetches, waits, lender, *told = answer
-        if not cost < np.inf:
+        told = answer[:]
+        cost, how, prefill, decode = told[:4]
+        if not cost < inf:
             return None
         way = Way(cost, _HOWS[int(how)], int(prefill), int(decode))
-        late, length = asked.late, asked.answer_tokens
-        costs = NativeCosts(slots, found, int(holder), int(second), bool(fetches), bool(waits), length, late)
-        return Priced(way, int(lender), *told, costs)
+        return Priced(way, int(told[8]), *told[9:], NativeCosts(slots, found, told, asked))
 
     return price
 
@@ -158,11 +156,5 @@ def _packed(fleet: Fleet, asked: Asked, slots: int) -> bytes:
 
 def _depths(depths: Sequence[tuple[int, int]], slots: int) -> bytes:
     """Of each the tokens, and the slots as a bit set of whole words."""
-    words = -(-slots // 64)
-    layout = _depth_layout(words)
-    return b"".join([layout.pack(tokens, holders.to_bytes(8 * words, "little")) for tokens, holders in depths])
-
-
-@cache
-def _depth_layout(words: int) -> Struct:
-    return Struct(f"=d{8 * words}s")
+    width = -(-slots // 64) * 8
+    return b"".join([_TOKENS.pack(tokens) + holders.to_bytes(width, "little") for tokens, holders in depths])

@@ -143,8 +143,14 @@ class ClusterView:
     def apply(self, event: Event) -> None:
         """Fold one event in. What an unknown or buried worker says is ignored, not resurrected."""
         match event:
+            case TimePassed(at=at):
+                if at > self._look_at:
+                    self._time_passed(at)
             case RequestPlaced():
                 self._request_placed(event)
+            case Reported(report=report, at=at):
+                if self._is_current(report.worker, report.epoch):
+                    self._reported(report, at)
             case WorkerJoined():
                 self._joined(event)
             case WorkerLeft(worker=worker, epoch=epoch):
@@ -156,14 +162,8 @@ class ClusterView:
             case RoleChanged(worker=worker, epoch=epoch):
                 if self._is_current(worker, epoch):
                     self._role_changed(event)
-            case Reported(report=report, at=at):
-                if self._is_current(report.worker, report.epoch):
-                    self._reported(report, at)
             case RequestFinished(outcome=outcome):
                 self.learning.finished(outcome)
-            case TimePassed(at=at):
-                if at > self._look_at:
-                    self._time_passed(at)
             case _:
                 assert_never(event)
 
@@ -281,34 +281,28 @@ class ClusterView:
     # ---- requests --------------------------------------------------------------------------------
 
     def _request_placed(self, event: RequestPlaced) -> None:
-        if event.placement.predicted:
-            self.usual.add(event.placement.predicted.ttft_seconds)
+        placement, at = event.placement, event.at
+        predicted = placement.predicted
+        assert predicted is not None, "a placement without a prediction"
+        self.usual.add(predicted.ttft_seconds)
         self._requests_placed += 1
-        placement, fleet, at = event.placement, self.fleet, event.at
-        assert placement.predicted is not None, "a placement without a prediction"
-        first_at = at + placement.predicted.ttft_seconds
+        first_at = at + predicted.ttft_seconds
         decodes = self._workers[placement.decode].slot
         computes = decodes if placement.prefill is None else self._workers[placement.prefill].slot
         self._backlogs[computes].place(at, event.rank, event.tokens, event.seconds)
-        for rank in range(event.rank, RANKS):
-            fleet.idle_at[rank, computes] = max(fleet.idle_at.item(rank, computes), at) + event.seconds
+        self.fleet.queue(computes, event.rank, at, event.seconds)
         if computes != decodes:
-            fleet.requests[computes] = fleet.requests.item(computes) + 1.0
+            self.fleet.requests[computes] = self.fleet.requests.item(computes) + 1.0
             self._choose(computes)
         shown_at = TRANSIT_SECONDS + (at if computes == decodes else first_at)
         self._coming[decodes].append(_Coming(shown_at, event.blocks, event.context_tokens))
-        fleet.requests[decodes] = fleet.requests.item(decodes) + 1.0
-        fleet.rows[decodes] = fleet.rows.item(decodes) + 1.0
-        fleet.context_tokens[decodes] = fleet.context_tokens.item(decodes) + event.context_tokens
-        taken = event.blocks * fleet.block_tokens.item(decodes)
-        fleet.room_tokens[decodes] = fleet.room_tokens.item(decodes) - taken
-        fleet.sum_step(decodes)
+        self.fleet.join_rows(decodes, event.blocks, event.context_tokens)
         self._choose(decodes)
         # Until it is cached, and as long again: the truth takes its place when it is reported.
         holders = (event.tokens > GRANULE) << computes | (event.blocks > 1) << decodes
         if holders:
             self._promises.make(event.granules, holders, at, 2 * first_at - at + 1.0)
-        self.learning.expect(event.request, placement.how, placement.predicted)
+        self.learning.expect(event.request, placement.how, predicted)
 
     def _choose(self, slot: int) -> None:
         self._turns[slot] = self._requests_placed
