@@ -7,6 +7,7 @@ intersects these sets, so it costs the same for two workers as for two thousand.
 A run takes part in a step of more than one block only if the prompt has the same names in the same
 order, so holes in a chain (a block evicted before those behind it) and reports in any order are
 answered exactly; they only take more steps, until a prompt has shown which blocks belong together.
+Blocks that come or leave one by one are put with the one before them, on the guess that they are one chain.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _LONGEST_RUN = 128
 """Blocks: what splitting a run may cost."""
 _PIECES = 4
-"""Runs of the same holders, one behind the other in a prompt: so many are made one."""
-_GATHERED = 256
+"""Runs of the same holders, one behind the other in a prompt: so many are made one, if they are short."""
+_SHORT = 16
+"""Blocks: to step over more costs little, so only stretches up to that are put with what came before them."""
+_GATHERED = 1024
 """Blocks whose runs one prompt may touch for that."""
 _SHRINK_BELOW = 8
 """Tables are made anew when so many times smaller than they were: Python's only ever grow."""
@@ -42,10 +45,11 @@ class Depth(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    names: tuple[BlockHash, ...]
+    names: list[BlockHash]
     holders: int = 0
     chained: bool = False
-    """A prompt had all of these in this order: two chains that agree in one name agree in all before it."""
+    """A prompt had all of these in this order, and perhaps others between: two chains that agree in one name agree in
+    all before it."""
 
     def shared(self, names: Sequence[BlockHash], at: int) -> int:
         """How many of this run's first blocks are `names[at:]`'s first; 1 where the first differ: the caller
@@ -55,6 +59,8 @@ class _Run:
             return 1
         span = min(len(mine), len(names) - at)
         if not self.chained:
+            if span == 1 or mine[1] != names[at + 1]:
+                return 1
             shared = _common(mine, 0, names, at)
             self.chained = shared == len(mine)
             return shared
@@ -64,9 +70,25 @@ class _Run:
 
 
 @dataclass(slots=True)
+class _Trail:
+    """Of blocks that come, or leave, by a few."""
+
+    run: _Run | None = None
+    """Where the last ones were put."""
+    source: _Run | None = None
+    """The run that they were taken out of."""
+    first: int = 0
+    """How many the first ones were."""
+    latest: int = 0
+    """How many the last ones were."""
+
+
+@dataclass(slots=True)
 class _Member:
     slot: int
     block_size: int
+    stored: _Trail = field(default_factory=_Trail)
+    evicted: _Trail = field(default_factory=_Trail)
     runs: set[_Run] = field(default_factory=set[_Run])
     """The transpose of the index: what makes a worker's departure cost only what it held."""
 
@@ -153,33 +175,75 @@ class PrefixIndex:
             yield self._workers[lowest.bit_length() - 1]
             holders ^= lowest
 
-    def _descend(self, names: tuple[BlockHash, ...], holders: int) -> Iterator[tuple[int, int]]:
+    def _descend(self, names: Sequence[BlockHash], holders: int) -> list[tuple[int, int]]:
         """(depth, the workers that hold exactly so many leading blocks), without depth 0."""
+        found: list[tuple[int, int]] = []
+        runs, length = self._runs, len(names)
         depth = begin = pieces = last = 0
         scattered = -1
-        """Where many runs of the same holders begin."""
-        while depth < len(names) and (run := self._runs.get(names[depth])) is not None:
+        """Where many short runs of the same holders begin."""
+        while depth < length and (run := runs.get(names[depth])) is not None:
             if run.holders != last:
                 pieces, last = 0, run.holders
                 deeper = holders & last
                 if depth and deeper != holders:
-                    yield depth, holders ^ deeper
+                    found.append((depth, holders ^ deeper))
                 holders = deeper
                 if not holders:
                     break
                 begin = depth
             pieces += 1
-            if pieces == _PIECES and scattered < 0:
-                scattered = begin
             depth += run.shared(names, depth)
+            if pieces >= _PIECES and scattered < 0 and 2 * (depth - begin) < pieces * _SHORT:
+                scattered = begin
         if scattered >= 0:
             self._gather(names, scattered)
         if holders and depth:
-            yield depth, holders
+            found.append((depth, holders))
+        return found
 
     # ---- what changes it -------------------------------------------------------------------------
 
     def _learn(self, member: _Member, names: tuple[BlockHash, ...]) -> None:
+        if len(names) > _SHORT or not self._learn_few(member, names):
+            member.stored.run = None
+            self._learn_all(member, names)
+        if len(self._runs) > self._most:
+            self._most = len(self._runs)
+
+    def _learn_few(self, member: _Member, names: tuple[BlockHash, ...]) -> bool:
+        """Put with those before them, if nobody has any of them, or the same others have them in a row."""
+        if not names:
+            return True
+        run, bit, trail = self._runs.get(names[0]), 1 << member.slot, member.stored
+        if run is None:
+            return self._grow(member, names)
+        if run.holders & bit:
+            return False
+        start = _place(run, names[0])
+        if len(names) > 1 and _common(run.names, start, names, 0) < len(names):
+            return False
+        self._move(run, start, len(names), run.holders | bit, trail)
+        member.runs.add(self._runs[names[0]])
+        return True
+
+    def _grow(self, member: _Member, names: tuple[BlockHash, ...]) -> bool:
+        """What comes by equal pieces, the last one perhaps smaller, is taken for one chain."""
+        count, bit, trail = len(names), 1 << member.slot, member.stored
+        if count > 1 and (len(set(names)) < count or not self._runs.keys().isdisjoint(names)):
+            return False
+        grown, follows, trail.latest = trail.run, count <= trail.first == trail.latest, count
+        if not follows or grown is None or grown.holders != bit or len(grown.names) + count > _LONGEST_RUN:
+            grown = trail.run = _Run([], bit)
+            trail.first = count
+            member.runs.add(grown)
+        grown.names += names
+        grown.chained = False
+        for name in names:
+            self._runs[name] = grown
+        return True
+
+    def _learn_all(self, member: _Member, names: tuple[BlockHash, ...]) -> None:
         at, bit = 0, 1 << member.slot
         while at < len(names):
             run = self._runs.get(names[at])
@@ -192,8 +256,6 @@ class PrefixIndex:
             if not run.holders & bit:
                 run.holders |= bit
                 member.runs.add(run)
-        if len(self._runs) > self._most:
-            self._most = len(self._runs)
 
     def _forget(self, member: _Member, names: Sequence[BlockHash]) -> None:
         at = 0
@@ -202,10 +264,55 @@ class PrefixIndex:
             if run is None or not run.holders >> member.slot & 1:
                 at += 1
                 continue
-            run = self._part(run, names, at)
-            at += len(run.names)
+            start = _place(run, names[at])
+            count = _common(run.names, start, names, at) if len(names) > 1 else 1
+            at += count
+            self._forget_stretch(member, run, start, count)
+
+    def _forget_stretch(self, member: _Member, run: _Run, start: int, count: int) -> None:
+        names = run.names
+        holders = run.holders ^ 1 << member.slot
+        if count == len(names):
             member.runs.discard(run)
-            self._release(run, member)
+        if holders:
+            self._move(run, start, count, holders, member.evicted)
+            return
+        for name in names[start : start + count]:
+            del self._runs[name]
+        del names[start : start + count]
+        if not names:
+            run.holders = 0
+
+    def _move(self, run: _Run, start: int, count: int, holders: int, trail: _Trail) -> None:
+        """A stretch of the run has other holders now: to where the one beside it went, if that was the last one."""
+        names, target = run.names, trail.run
+        whole = count == len(names)
+        follows = trail.source is run and target is not None and target.holders == holders
+        if target is None or not follows or len(target.names) + count > _LONGEST_RUN:
+            if whole:
+                run.holders = holders
+                return
+            target = trail.run = _Run([], holders)
+            trail.source = run
+            self._enter(target)
+        elif whole:
+            self._leave(run)
+        moved = names[start : start + count]
+        del names[start : start + count]
+        # What leaves from its end comes to lie before what left there earlier.
+        target.names[slice(0, 0) if start and start == len(names) else slice(len(target.names), None)] = moved
+        target.chained = False
+        for name in moved:
+            self._runs[name] = target
+
+    def _enter(self, run: _Run) -> None:
+        for worker in self.named(run.holders):
+            self._members[worker].runs.add(run)
+
+    def _leave(self, run: _Run) -> None:
+        for worker in self.named(run.holders):
+            self._members[worker].runs.discard(run)
+        run.holders = 0
 
     def _clear(self, member: _Member) -> None:
         runs, member.runs = member.runs, set()
@@ -225,35 +332,37 @@ class PrefixIndex:
         Done once for a stretch, by a prompt that had to step through it, and bounded in what it costs that prompt.
         """
         stop, touched, holders = at, 0, self._runs[names[at]].holders
-        parts: list[_Run] = []
+        parts: set[_Run] = set()
         while stop < len(names) and stop - at < _LONGEST_RUN and touched < _GATHERED:
             run = self._runs.get(names[stop])
             if run is None or run.holders != holders:
                 break
-            touched += len(run.names)
-            parts.append(self._part(run, names, stop))
-            stop += len(parts[-1].names)
-        whole = parts[0]
-        whole.names, whole.chained = names[at:stop], True
-        members = [self._members[worker] for worker in self.named(holders)]
-        for part in parts[1:]:
-            for name in part.names:
-                self._runs[name] = whole
-            for member in members:
-                member.runs.remove(part)
+            if run not in parts:
+                touched += len(run.names)
+                parts.add(run)
+            stop += run.shared(names, stop)
+        whole = _Run([], holders, chained=True)
+        order = dict.fromkeys(names[at:stop], whole)
+        whole.names = list(order)
+        self._runs.update(order)
+        self._enter(whole)
+        for part in parts:
+            part.names = [name for name in part.names if name not in order]
+            if not part.names:
+                self._leave(part)
 
     def _fresh(self, names: tuple[BlockHash, ...], at: int) -> tuple[_Run, int]:
         """A run of the names from `at` on that nobody has yet, and how many of them that were, told twice or not."""
         if at + 1 == len(names):
-            run = self._runs[names[at]] = _Run(names[at:])
+            run = self._runs[names[at]] = _Run([names[at]])
             return run, 1
-        run = _Run(())
+        run = _Run([])
         stop = at + _LONGEST_RUN
         fresh = dict.fromkeys(names[at:stop], run)
         if not self._runs.keys().isdisjoint(fresh):
             stop = next(place for place in range(at + 1, len(names)) if names[place] in self._runs)
             fresh = dict.fromkeys(names[at:stop], run)
-        run.names = tuple(fresh)
+        run.names = list(fresh)
         self._runs.update(fresh)
         return run, min(stop, len(names)) - at
 
@@ -262,7 +371,7 @@ class PrefixIndex:
         mine, name = run.names, names[at]
         if len(mine) == 1:
             return run
-        start = 0 if mine[0] == name else len(mine) - 1 if mine[-1] == name else mine.index(name)
+        start = _place(run, name)
         count = _common(mine, start, names, at)
         if start:
             _, run = self._split(run, start)
@@ -278,8 +387,7 @@ class PrefixIndex:
         run.names = kept
         for name in moved:
             self._runs[name] = new
-        for worker in self.named(run.holders):
-            self._members[worker].runs.add(new)
+        self._enter(new)
         return (new, run) if moved is front else (run, new)
 
     def _shrink(self) -> None:
@@ -305,9 +413,15 @@ class PrefixIndex:
             assert workers == set(self.named(group)) != set(), f"the group of block size {block_size} is wrong"
 
 
-def _common(mine: Sequence[BlockHash], start: int, theirs: Sequence[BlockHash], at: int) -> int:
+def _place(run: _Run, name: BlockHash) -> int:
+    """Of one of the run's names: mostly the first or the last."""
+    names = run.names
+    return 0 if names[0] == name else len(names) - 1 if names[-1] == name else names.index(name)
+
+
+def _common(mine: list[BlockHash], start: int, theirs: Sequence[BlockHash], at: int) -> int:
     """Length of the stretch in which `mine[start:]` and `theirs[at:]` agree; their first do."""
     span = min(len(mine) - start, len(theirs) - at)
-    if mine[start : start + span] == theirs[at : at + span]:
+    if mine[start : start + span] == list(theirs[at : at + span]):
         return span
     return next(place for place in range(span) if mine[start + place] != theirs[at + place])

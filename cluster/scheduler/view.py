@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
-from cluster.scheduler.backlog import RANKS, TRANSIT_SECONDS, Backlog
+from cluster.scheduler.backlog import TRANSIT_SECONDS, Backlog
 from cluster.scheduler.events import (
     Event,
     Reported,
