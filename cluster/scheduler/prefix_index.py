@@ -149,7 +149,8 @@ class PrefixIndex:
                 self._learn(member, hashes)
             case Evicted(hashes):
                 self._forget(member, hashes)
-                self._shrink()
+                if len(self._runs) * _SHRINK_BELOW < self._most:
+                    self._shrink()
             case Cleared():
                 self._clear(member)
             case _:
@@ -205,7 +206,7 @@ class PrefixIndex:
     # ---- what changes it -------------------------------------------------------------------------
 
     def _learn(self, member: _Member, names: tuple[BlockHash, ...]) -> None:
-        if len(names) > _SHORT or not self._learn_few(member, names):
+        if len(names) > _SHORT or not names or not self._learn_few(member, names):
             member.stored.run = None
             self._learn_all(member, names)
         if len(self._runs) > self._most:
@@ -213,23 +214,20 @@ class PrefixIndex:
 
     def _learn_few(self, member: _Member, names: tuple[BlockHash, ...]) -> bool:
         """Put with those before them, if nobody has any of them, or the same others have them in a row."""
-        if not names:
-            return True
-        run, bit, trail = self._runs.get(names[0]), 1 << member.slot, member.stored
+        run, bit = self._runs.get(names[0]), 1 << member.slot
         if run is None:
-            return self._grow(member, names)
+            return self._grow(member, bit, names)
         if run.holders & bit:
             return False
-        start = _place(run, names[0])
-        if len(names) > 1 and _common(run.names, start, names, 0) < len(names):
+        start, count = _place(run, names[0]), len(names)
+        if count > 1 and _common(run.names, start, names, 0) < count:
             return False
-        self._move(run, start, len(names), run.holders | bit, trail)
-        member.runs.add(self._runs[names[0]])
+        member.runs.add(self._move(run, start, count, run.holders | bit, member.stored))
         return True
 
-    def _grow(self, member: _Member, names: tuple[BlockHash, ...]) -> bool:
+    def _grow(self, member: _Member, bit: int, names: tuple[BlockHash, ...]) -> bool:
         """What comes by equal pieces, the last one perhaps smaller, is taken for one chain."""
-        count, bit, trail = len(names), 1 << member.slot, member.stored
+        count, trail = len(names), member.stored
         if count > 1 and (len(set(names)) < count or not self._runs.keys().isdisjoint(names)):
             return False
         grown, follows, trail.latest = trail.run, count <= trail.first == trail.latest, count
@@ -237,10 +235,13 @@ class PrefixIndex:
             grown = trail.run = _Run([], bit)
             trail.first = count
             member.runs.add(grown)
-        grown.names += names
         grown.chained = False
-        for name in names:
-            self._runs[name] = grown
+        if count == 1:
+            grown.names.append(names[0])
+            self._runs[names[0]] = grown
+        else:
+            grown.names += names
+            self._runs.update(dict.fromkeys(names, grown))
         return True
 
     def _learn_all(self, member: _Member, names: tuple[BlockHash, ...]) -> None:
@@ -258,52 +259,61 @@ class PrefixIndex:
                 member.runs.add(run)
 
     def _forget(self, member: _Member, names: Sequence[BlockHash]) -> None:
-        at = 0
+        at, bit = 0, 1 << member.slot
         while at < len(names):
-            run = self._runs.get(names[at])
-            if run is None or not run.holders >> member.slot & 1:
-                at += 1
-                continue
-            start = _place(run, names[at])
-            count = _common(run.names, start, names, at) if len(names) > 1 else 1
+            run, count = self._runs.get(names[at]), 1
+            if run is not None and run.holders & bit:
+                start = _place(run, names[at])
+                if len(names) > 1:
+                    count = _common(run.names, start, names, at)
+                self._forget_stretch(member, run, start, count)
             at += count
-            self._forget_stretch(member, run, start, count)
 
     def _forget_stretch(self, member: _Member, run: _Run, start: int, count: int) -> None:
-        names = run.names
-        holders = run.holders ^ 1 << member.slot
-        if count == len(names):
+        names, holders = run.names, run.holders ^ 1 << member.slot
+        whole = count == len(names)
+        if whole:
             member.runs.discard(run)
         if holders:
             self._move(run, start, count, holders, member.evicted)
-            return
-        for name in names[start : start + count]:
-            del self._runs[name]
-        del names[start : start + count]
-        if not names:
+        elif count == 1:
+            del self._runs[names.pop(start)]
+        else:
+            for name in names[start : start + count]:
+                del self._runs[name]
+            del names[start : start + count]
+        if whole and not holders:
             run.holders = 0
 
-    def _move(self, run: _Run, start: int, count: int, holders: int, trail: _Trail) -> None:
-        """A stretch of the run has other holders now: to where the one beside it went, if that was the last one."""
+    def _move(self, run: _Run, start: int, count: int, holders: int, trail: _Trail) -> _Run:
+        """A stretch of the run has other holders now: to where the one beside it went, if that was the last one.
+
+        Returns the run that it is in."""
         names, target = run.names, trail.run
         whole = count == len(names)
         follows = trail.source is run and target is not None and target.holders == holders
         if target is None or not follows or len(target.names) + count > _LONGEST_RUN:
             if whole:
                 run.holders = holders
-                return
+                return run
             target = trail.run = _Run([], holders)
             trail.source = run
             self._enter(target)
         elif whole:
             self._leave(run)
-        moved = names[start : start + count]
-        del names[start : start + count]
-        # What leaves from its end comes to lie before what left there earlier.
-        target.names[slice(0, 0) if start and start == len(names) else slice(len(target.names), None)] = moved
         target.chained = False
-        for name in moved:
+        # What leaves from its end comes to lie before what left there earlier.
+        at = 0 if start and start + count == len(names) else len(target.names)
+        if count == 1:
+            name = names.pop(start)
+            target.names.insert(at, name)
             self._runs[name] = target
+        else:
+            moved = names[start : start + count]
+            del names[start : start + count]
+            target.names[at:at] = moved
+            self._runs.update(dict.fromkeys(moved, target))
+        return target
 
     def _enter(self, run: _Run) -> None:
         for worker in self.named(run.holders):
@@ -318,7 +328,8 @@ class PrefixIndex:
         runs, member.runs = member.runs, set()
         for run in runs:
             self._release(run, member)
-        self._shrink()
+        if len(self._runs) * _SHRINK_BELOW < self._most:
+            self._shrink()
 
     def _release(self, run: _Run, member: _Member) -> None:
         run.holders &= ~(1 << member.slot)
@@ -391,11 +402,10 @@ class PrefixIndex:
         return (new, run) if moved is front else (run, new)
 
     def _shrink(self) -> None:
-        if len(self._runs) * _SHRINK_BELOW < self._most:
-            self._runs = dict(self._runs)
-            self._most = max(len(self._runs), 1 << 10)
-            for member in self._members.values():
-                member.runs = set(member.runs)
+        self._runs = dict(self._runs)
+        self._most = max(len(self._runs), 1 << 10)
+        for member in self._members.values():
+            member.runs = set(member.runs)
 
     def check(self) -> None:
         """The two directions agree, no name is without a holder, no bit without a worker."""
