@@ -41,6 +41,7 @@ class Fleet:
     def __init__(self) -> None:
         self._by_host: tuple[Slots, Slots] | None = None
         self._addresses: bytes | None = None
+        self._mean_token_seconds: float | None = None
         self._fetching: dict[float, tuple[Array, Array]] = {}
         """By the holder's host."""
         self.placeable: dict[Role, int] = {"prefill": 0, "decode": 0, "mixed": 0}
@@ -133,6 +134,11 @@ class Fleet:
 
     def mean_token_seconds(self) -> float:
         """To compute one prompt token, of those who compute prompts."""
+        if self._mean_token_seconds is None:
+            self._mean_token_seconds = self._sum_up_rates()
+        return self._mean_token_seconds
+
+    def _sum_up_rates(self) -> float:
         computes = (self.prefill == 0.0) | (self.mixed == 0.0)
         if not computes.any():
             computes = self.decode == 0.0
@@ -157,7 +163,7 @@ class Fleet:
         self._sum_up()
 
     def sum_step(self, slot: int) -> None:
-        """After a change of the worker's rows, their context or its rates."""
+        """After a change of the worker's rows or their context."""
         rows = self.row_seconds.item(slot) * self.rows.item(slot)
         context = self.context_seconds.item(slot) * self.context_tokens.item(slot)
         self.beside_seconds[slot] = self.step_seconds.item(slot) + rows + context
@@ -181,6 +187,11 @@ class Fleet:
                 np.where(near, self.fetch_token_seconds[NEAR], self.fetch_token_seconds[FAR]),
             )
         return self._fetching[host]
+
+    def rates_changed(self, slot: int) -> None:
+        """After a change of what steps take there."""
+        self._mean_token_seconds = None
+        self.sum_step(slot)
 
     def links_changed(self) -> None:
         """After a change of what transfers take, or of who is where."""
@@ -220,6 +231,7 @@ class Fleet:
         self._sum_up()
 
     def _sum_up(self) -> None:
+        self._mean_token_seconds = None
         alive = self.alive > 0.0
         sizes = set(self.block_tokens[alive].tolist())
         self.block_size = int(sizes.pop()) if len(sizes) == 1 else None

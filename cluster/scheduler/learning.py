@@ -106,7 +106,7 @@ class Learning:
         )
         for column, rate in zip(columns, rates, strict=True):
             column[slot] = rate
-        fleet.sum_step(slot)
+        fleet.rates_changed(slot)
 
     def _write_links(self, worker: WorkerId, kind: int) -> None:
         slot, _ = self._slots[worker]

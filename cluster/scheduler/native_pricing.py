@@ -84,7 +84,7 @@ class NativeCosts(NamedTuple):
         return Sides(prefill=rows[14], decode=rows[15:17], local=rows[17], mixed=rows[18], late=self.asked.late)
 
     def _rows(self) -> Array:
-        return np.frombuffer(self.found).reshape(_ROWS, self.slots)
+        return np.frombuffer(memoryview(self.found)).reshape(_ROWS, self.slots)
 
 
 @cache
@@ -112,7 +112,9 @@ def native_pricing(folder: Path | None) -> Pricing:
         if not cost < inf:
             return None
         way = Way(cost, _HOWS[int(how)], int(prefill), int(decode))
-        return Priced(way, int(told[8]), *told[9:], NativeCosts(slots, found, told, asked))
+        lender, wait, first, compute, reused, fetched, uncached, lacked, step, gap = told[8:]
+        costs = NativeCosts(slots, found, told, asked)
+        return Priced(way, int(lender), wait, first, compute, reused, fetched, uncached, lacked, step, gap, costs)
 
     return price
 

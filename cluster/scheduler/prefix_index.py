@@ -337,7 +337,7 @@ class PrefixIndex:
             for name in run.names:
                 del self._runs[name]
 
-    def _gather(self, names: tuple[BlockHash, ...], at: int) -> None:
+    def _gather(self, names: Sequence[BlockHash], at: int) -> None:
         """One run of what a prompt has shown to be in order: blocks that were stored one by one or beside others'.
 
         Done once for a stretch, by a prompt that had to step through it, and bounded in what it costs that prompt.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -53,6 +55,17 @@ class AgainstDictOfSets(RuleBasedStateMachine):
         if worker in self.model:
             self.index.apply(worker, Evicted(hashes))
             self.model[worker] -= set(hashes)
+
+    @rule(worker=workers, chain=st.sampled_from(CHAINS), size=st.integers(1, 3), first=st.integers(0, 3))
+    def store_by_pieces(self, worker: WorkerId, chain: tuple[BlockHash, ...], size: int, first: int) -> None:
+        for at in range(first, len(chain), size):
+            self.store(worker, chain[at : at + size])
+
+    @rule(worker=workers, chain=st.sampled_from(CHAINS), size=st.integers(1, 3), left=st.integers(0, 3))
+    def evict_by_pieces(self, worker: WorkerId, chain: tuple[BlockHash, ...], size: int, left: int) -> None:
+        """A worker evicts a chain's end first."""
+        for at in reversed(range(left, len(chain), size)):
+            self.evict(worker, chain[at : at + size])
 
     @rule(worker=workers)
     def clear(self, worker: WorkerId) -> None:
@@ -151,6 +164,36 @@ def test_blocks_that_came_one_by_one_are_found_in_one_step_once_a_prompt_had_the
     counted = [CountedName(name) for name in mixed[0]]
     assert index.longest_prefix([BlockHash(name) for name in counted]) == {A: 128, B: 128}
     assert sum(name.looked_up for name in counted) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_chain_that_two_workers_stored_by_pieces_is_found_in_few_steps_at_once(size: int) -> None:
+    index = PrefixIndex()
+    chains = [granules(text) for text in ("abcdefghijk", "lmnopqrstuv")]
+    for chain, worker in product(chains, (A, B)):
+        if worker not in index:
+            index.add(worker, 16)
+        for at in range(0, len(chain), size):
+            index.apply(worker, Stored(chain[at : at + size]))
+    index.check()
+    for chain in chains:
+        counted = [CountedName(name) for name in chain]
+        assert index.longest_prefix([BlockHash(name) for name in counted]) == {A: 176, B: 176}
+        assert sum(name.looked_up for name in counted) <= 2
+
+
+def test_a_chain_that_left_one_worker_by_pieces_is_whole_at_the_other() -> None:
+    index = PrefixIndex()
+    chain = granules("abcdefghijk")
+    for worker in (A, B):
+        index.add(worker, 16)
+        index.apply(worker, Stored(chain))
+    for at in reversed(range(len(chain))):
+        index.apply(B, Evicted(chain[at : at + 1]))
+    index.check()
+    counted = [CountedName(name) for name in chain]
+    assert index.longest_prefix([BlockHash(name) for name in counted]) == {A: 176}
+    assert sum(name.looked_up for name in counted) <= 2
 
 
 def test_chains_that_part_inside_what_was_stored_at_once_are_told_apart() -> None:
