@@ -218,7 +218,7 @@ class Pools:
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await self._prepare_front(front)
-                await answer(front.handle.meet.remote(self._up()), front.id)
+                await asyncio.wait_for(answer(front.handle.meet.remote(self._up()), front.id), _CALL_SECONDS)
                 await answer(front.handle.open.remote(beside=True), front.id)
         except (ServingError, TimeoutError) as error:
             ray.kill(front.handle)  # pyright: ignore[reportUnknownMemberType]
@@ -266,7 +266,8 @@ class Pools:
     async def _join(self, worker: WorkerPart) -> None:
         """Requests are placed on it from now on: everyone knows it already."""
         await answer(self._scheduler.join.remote(worker.info), "the scheduler")
-        await answer(worker.handle.report_to.remote(self._scheduler), worker.spec.id)
+        # Frozen since it is up, it would hold up its own watch.
+        await self._bounded(worker.handle.report_to.remote(self._scheduler), worker.spec.id, self._patience_seconds)
 
     async def _keep_worker(self, worker: WorkerPart) -> None:
         """Its life and its next lives."""
@@ -356,7 +357,7 @@ class Pools:
             try:
                 async with asyncio.timeout(_START_SECONDS):
                     await self._prepare_front(front)
-                    await answer(front.handle.meet.remote(self._up()), front.id)
+                    await asyncio.wait_for(answer(front.handle.meet.remote(self._up()), front.id), _CALL_SECONDS)
                     await self._open_front(front)
             except (ServingError, TimeoutError) as error:
                 front.prepared = False

@@ -224,6 +224,8 @@ class Soak:
         told = 0
         while not requests.done():
             memory.look()
+            if deaths.done():
+                deaths.result()  # it may have given up
             if (tenth := int(10 * self.ended / REQUESTS)) > told:
                 told = tenth
                 print(self._line(time.monotonic() - began), flush=True)
