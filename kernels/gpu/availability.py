@@ -1,0 +1,16 @@
+"""Whether the kernels of this package can run. Imports nothing that may be missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+
+def reason_against(device: torch.device) -> str:
+    """Why they can't run on this device; empty if they can."""
+    if device.type != "cuda":
+        return "the Triton kernels are for GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return ""
