@@ -17,7 +17,7 @@ class PagedRows(NamedTuple):
     """All rows of a batch, on the device."""
 
     positions: Tensor
-    """[rows] int32. -1: the row only pads the batch; it has no keys and writes none."""
+    """[rows] int32. -1: the row only pads the batch; it has no keys and writes none, and its start is 0."""
     starts: Tensor
     """[rows] int32: where in `ids` the block table of the row's sequence begins."""
     ids: Tensor
