@@ -1,10 +1,12 @@
-"""What Triton's interpreter (3.9) lacks, put right: bf16, which NumPy doesn't have, in products and in rounding."""
+"""What Triton's interpreter (3.9) lacks, put right: products of bf16, which NumPy doesn't have, and rounding to the
+nearest, where it forgets ties and, in fp8, to carry."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -14,7 +16,7 @@ def mend() -> None:
     from triton.runtime import interpreter
 
     builder: Any = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
+    dot, cast, convert = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
 
     def is_bf16(handle: Any) -> bool:
         return handle.dtype.scalar == tl.bfloat16
@@ -33,7 +35,13 @@ def mend() -> None:
             return interpreter.TensorHandle(_to_bf16(wide.data), tl.bfloat16)
         return cast(self, source, to)
 
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    def create_fp_to_fp(self: Any, source: Any, to: Any, rounding: Any) -> Any:
+        if to.scalar == tl.float8e4nv:
+            wide = cast_impl(self, source, tl.float32)
+            return interpreter.TensorHandle(_to_fp8(wide.data), tl.float8e4nv)
+        return convert(self, source, to, rounding)
+
+    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc", "int_cast"):
         setattr(builder, f"create_{name}", lambda self, source, to, *_: self.cast_impl(source, to))
 
@@ -47,3 +55,8 @@ def _to_bf16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(numbers).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _to_fp8(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
+    narrow = torch.from_numpy(np.ascontiguousarray(numbers)).to(torch.float8_e4m3fn)
+    return narrow.view(torch.uint8).numpy().reshape(numbers.shape)
