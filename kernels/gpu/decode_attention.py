@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.paged import Look, Number, PagedRows, Pointer, dot_precision, tile_of
+from kernels.gpu.paged import Look, PagedRows, dot_precision, tile_of
 
 _MOST_SPLITS = 64
 _PROGRAMS_PER_PROCESSOR = 8
@@ -78,19 +78,19 @@ def decode_attention(query: Tensor, layer: Tensor, rows: PagedRows, look: Look, 
 
 @triton.jit
 def _attend(
-    query: Pointer,
-    layer: Pointer,
-    positions: Pointer,
-    starts: Pointer,
-    ids: Pointer,
-    parts: Pointer,
-    sums: Pointer,
-    scale: Number,
-    cap: Number,
-    window: Number,
-    block_stride: Number,
-    kind_stride: Number,
-    head_stride: Number,
+    query: tl.pointer_type,
+    layer: tl.pointer_type,
+    positions: tl.pointer_type,
+    starts: tl.pointer_type,
+    ids: tl.pointer_type,
+    parts: tl.pointer_type,
+    sums: tl.pointer_type,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    window: tl.tensor,
+    block_stride: tl.tensor,
+    kind_stride: tl.tensor,
+    head_stride: tl.tensor,
     GROUP: tl.constexpr,
     GROUP_TILE: tl.constexpr,
     DIM: tl.constexpr,
@@ -159,9 +159,9 @@ def _attend(
 
 @triton.jit
 def _merge(
-    parts: Pointer,
-    sums: Pointer,
-    output: Pointer,
+    parts: tl.pointer_type,
+    sums: tl.pointer_type,
+    output: tl.pointer_type,
     DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     SPLITS: tl.constexpr,

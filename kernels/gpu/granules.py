@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.paged import Pointer, dot_precision, tile_of
+from kernels.gpu.paged import dot_precision, tile_of
 from kernels.reference.granules import GRANULE, Granules, Wire, granule_bytes, is_whole
 
 _NUMBERS: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
@@ -93,7 +93,7 @@ def _launch(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed:
         ROUNDS=wire == "int8",
         PACKING=packing,
         PRECISION=dot_precision(exact),
-        num_warps=4,
+        num_warps=4 if exact == torch.bfloat16 else 8,
     )
 
 
@@ -109,9 +109,9 @@ def _signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @triton.jit
 def _copy_blocks(
-    arena: Pointer,
-    packed: Pointer,
-    blocks: Pointer,
+    arena: tl.pointer_type,
+    packed: tl.pointer_type,
+    blocks: tl.pointer_type,
     WORDS: tl.constexpr,
     TILE: tl.constexpr,
     PACKING: tl.constexpr,
@@ -129,12 +129,12 @@ def _copy_blocks(
 
 @triton.jit
 def _convert(
-    arena: Pointer,
-    blocks: Pointer,
-    parts: Pointer,
-    numbers: Pointer,
-    scales: Pointer,
-    signs: Pointer,
+    arena: tl.pointer_type,
+    blocks: tl.pointer_type,
+    parts: tl.pointer_type,
+    numbers: tl.pointer_type,
+    scales: tl.pointer_type,
+    signs: tl.pointer_type,
     HEADS: tl.constexpr,
     FIRST_HEAD: tl.constexpr,
     BLOCK: tl.constexpr,

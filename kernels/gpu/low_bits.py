@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.paged import Number, Pointer
 
 Bits: TypeAlias = Literal["int8", "fp8"]
 _NUMBERS: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -90,10 +89,10 @@ def linear(x: Tensor, weight: Narrow, bias: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def _narrow(
-    x: Pointer,
-    numbers: Pointer,
-    scales: Pointer,
-    rows: Number,
+    x: tl.pointer_type,
+    numbers: tl.pointer_type,
+    scales: tl.pointer_type,
+    rows: tl.tensor,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -123,12 +122,12 @@ def _narrow(
 
 @triton.jit
 def _widen(
-    sums: Pointer,
-    row_scales: Pointer,
-    column_scales: Pointer,
-    bias: Pointer,
-    out: Pointer,
-    size: Number,
+    sums: tl.pointer_type,
+    row_scales: tl.pointer_type,
+    column_scales: tl.pointer_type,
+    bias: tl.pointer_type,
+    out: tl.pointer_type,
+    size: tl.tensor,
     TILE: tl.constexpr,
     BIASED: tl.constexpr,
 ) -> None:

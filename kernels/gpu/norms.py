@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.paged import Number, Pointer, tile_of
+from kernels.gpu.paged import tile_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -62,13 +62,13 @@ def _launch(
 
 @triton.jit
 def _add_rms_norm(
-    hidden: Pointer,
-    delta: Pointer,
-    end_norm: Pointer,
-    weight: Pointer,
-    total: Pointer,
-    normed: Pointer,
-    epsilon: Number,
+    hidden: tl.pointer_type,
+    delta: tl.pointer_type,
+    end_norm: tl.pointer_type,
+    weight: tl.pointer_type,
+    total: tl.pointer_type,
+    normed: tl.pointer_type,
+    epsilon: tl.tensor,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ADDS: tl.constexpr,
@@ -89,7 +89,7 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _normed(x: Number, weight: Number, epsilon: Number, SIZE: tl.constexpr) -> Number:
+def _normed(x: tl.tensor, weight: tl.tensor, epsilon: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     """In fp32, but rounded to the weight's type before they are multiplied."""
     wide = x.to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + epsilon)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Pointer: TypeAlias = Any
-"""A tensor, as a kernel sees it: the address of its first number."""
-Number: TypeAlias = Any
-"""A Python number, as a kernel sees it."""
 
 
 class PagedRows(NamedTuple):

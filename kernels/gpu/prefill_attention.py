@@ -17,7 +17,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.gpu.paged import Look, Number, PagedRows, Pointer, dot_precision, tile_of
+from kernels.gpu.paged import Look, PagedRows, dot_precision, tile_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -78,26 +78,26 @@ def prefill_attention(query: Tensor, layer: Tensor, rows: PagedRows, tiles: RowT
         CAPPED=look.soft_cap is not None,
         WINDOWED=look.window is not None,
         PRECISION=dot_precision(query.dtype),
-        num_warps=8 if tiles.rows == 128 else 4,
+        num_warps=8 if tiles.rows == 128 or query.dtype == torch.float32 else 4,
         num_stages=2 if slow else 3,
     )
 
 
 @triton.jit
 def _attend(
-    query: Pointer,
-    layer: Pointer,
-    positions: Pointer,
-    starts: Pointer,
-    ids: Pointer,
-    tiles: Pointer,
-    output: Pointer,
-    scale: Number,
-    cap: Number,
-    window: Number,
-    block_stride: Number,
-    kind_stride: Number,
-    head_stride: Number,
+    query: tl.pointer_type,
+    layer: tl.pointer_type,
+    positions: tl.pointer_type,
+    starts: tl.pointer_type,
+    ids: tl.pointer_type,
+    tiles: tl.pointer_type,
+    output: tl.pointer_type,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    window: tl.tensor,
+    block_stride: tl.tensor,
+    kind_stride: tl.tensor,
+    head_stride: tl.tensor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
@@ -149,20 +149,20 @@ def _attend(
 
 @triton.jit
 def _visit(
-    q: Number,
-    top: Number,
-    total: Number,
-    found: Number,
-    head_place: Pointer,
-    table: Pointer,
-    at: Number,
-    start: Number,
-    last: Number,
-    scale: Number,
-    cap: Number,
-    window: Number,
-    block_stride: Number,
-    kind_stride: Number,
+    q: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    found: tl.tensor,
+    head_place: tl.pointer_type,
+    table: tl.pointer_type,
+    at: tl.tensor,
+    start: tl.tensor,
+    last: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    window: tl.tensor,
+    block_stride: tl.tensor,
+    kind_stride: tl.tensor,
     DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -172,7 +172,7 @@ def _visit(
     WINDOWED: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Number:
+) -> tl.tensor:
     """One tile of keys: the running maximum, sum and output after it."""
     dims = tl.arange(0, DIM_TILE)
     keys_at = at + tl.arange(0, KEYS)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.paged import Number, PagedRows, Pointer
+from kernels.gpu.paged import PagedRows
 
 _HEADS = 8
 """In one program: a warp for two of them."""
@@ -65,19 +65,19 @@ def turn_and_write(qkv: Tensor, layer: Tensor, rows: PagedRows, table: Tensor, n
 
 @triton.jit
 def _turn_and_write(
-    qkv: Pointer,
-    layer: Pointer,
-    positions: Pointer,
-    starts: Pointer,
-    ids: Pointer,
-    table: Pointer,
-    query_norm: Pointer,
-    key_norm: Pointer,
-    query: Pointer,
-    epsilon: Number,
-    block_stride: Number,
-    kind_stride: Number,
-    head_stride: Number,
+    qkv: tl.pointer_type,
+    layer: tl.pointer_type,
+    positions: tl.pointer_type,
+    starts: tl.pointer_type,
+    ids: tl.pointer_type,
+    table: tl.pointer_type,
+    query_norm: tl.pointer_type,
+    key_norm: tl.pointer_type,
+    query: tl.pointer_type,
+    epsilon: tl.tensor,
+    block_stride: tl.tensor,
+    kind_stride: tl.tensor,
+    head_stride: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     TILE: tl.constexpr,
@@ -128,7 +128,7 @@ def _turn_and_write(
 
 
 @triton.jit
-def _chosen(is_query: Number, query_norm: Pointer, key_norm: Pointer, dims: Number, inside: Number) -> Number:
+def _chosen(is_query: tl.tensor, query_norm: tl.pointer_type, key_norm: tl.pointer_type, dims: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """Each head's norm: [heads, dims]"""
     of_query = tl.load(query_norm + dims, mask=inside, other=0.0).to(tl.float32)
     of_key = tl.load(key_norm + dims, mask=inside, other=0.0).to(tl.float32)

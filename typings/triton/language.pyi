@@ -3,6 +3,8 @@
 from typing import Any
 
 constexpr = Any
+pointer_type = Any
+tensor = Any
 bfloat16: Any
 float32: Any
 int8: Any
