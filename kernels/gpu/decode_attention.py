@@ -30,8 +30,10 @@ def split_count(rows: int, kv_heads: int, processors: int) -> int:
     return min(_MOST_SPLITS, 1 << (wanted.bit_length() - 1))
 
 
-def decode_attention(query: Tensor, layer: Tensor, rows: PagedRows, look: Look, splits: int) -> Tensor:
-    """query: [rows, heads, head_dim] → the same shape; rows that pad get zeros.
+def decode_attention(
+    query: Tensor, layer: Tensor, rows: PagedRows, look: Look, splits: int, out: Tensor | None = None
+) -> Tensor:
+    """query: [rows, heads, head_dim] → the same shape, in `out` if given; rows that pad get zeros.
 
     layer: [blocks, 2, kv_heads, block_size, head_dim], one layer of the arena, in any float type
     splits: `split_count`
@@ -40,7 +42,8 @@ def decode_attention(query: Tensor, layer: Tensor, rows: PagedRows, look: Look, 
     kv_heads, block_size = layer.shape[2], layer.shape[3]
     assert query.is_contiguous(), "rows of queries lie one after another"
     assert layer.stride()[3:] == (dim, 1), "a head's keys in a block lie one after another"
-    output = torch.empty_like(query)
+    output = torch.empty_like(query) if out is None else out
+    assert output.is_contiguous(), "and so do their results"
     parts, sums = output, output
     if splits > 1:
         parts = torch.empty((count, heads, splits, dim), dtype=torch.float32, device=query.device)

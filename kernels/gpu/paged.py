@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -31,6 +34,29 @@ class Look(NamedTuple):
     """Keys that a query sees, its own included."""
     soft_cap: float | None = None
     """Scores are squeezed into ± this."""
+
+
+class RowTiles(NamedTuple):
+    """Chunks, cut into tiles of rows that a program can hold."""
+
+    tiles: Tensor
+    """[tiles, 2] int32: the batch's row that each begins at, and how many it has."""
+    rows: int
+    """The most that one has: 64 or 128."""
+
+
+def tile_rows(longest: int, head_dim: int, dtype: torch.dtype) -> int:
+    """`RowTiles.rows` for a batch whose longest chunk has so many tokens."""
+    return 64 if longest <= 64 or head_dim > 128 or dtype == torch.float32 else 128
+
+
+def row_tiles(chunks: Sequence[tuple[int, int, int]], rows: int) -> NDArray[np.int32]:
+    """chunks: (first row, rows, position of the first) → `RowTiles.tiles`, those with the most keys first."""
+    tiles = [
+        (start + at, first + at, min(rows, count - at)) for first, count, start in chunks for at in range(0, count, rows)
+    ]
+    tiles.sort(key=lambda tile: -tile[0])
+    return np.array([tile[1:] for tile in tiles], dtype=np.int32).reshape(-1, 2)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

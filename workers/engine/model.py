@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,39 +12,10 @@ from torch import Tensor
 import kernels
 from workers.engine.architectures import Activation
 from workers.engine.batch import Batch, BatchTensors, batch_tensors, looked_at
+from workers.engine.layers import Layer, Product, TakenWeights
 from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
-from workers.engine.weights import Weights, stacked
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Product:
-    """A matrix product, with or without a bias. weight: [out, in]"""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layer:
-    """One layer: its weights, products that share an input as one, and how it looks back."""
-
-    attention_norm: Tensor
-    qkv: _Product
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    output: _Product
-    attention_end_norm: Tensor | None
-    mlp_norm: Tensor
-    gate_up: _Product
-    down: _Product
-    mlp_end_norm: Tensor | None
-    window: int | None
-    rope: int
-    """Which of the model's tables."""
+from workers.engine.weights import Weights
 
 
 _GATES: Mapping[Activation, Callable[[Tensor, Tensor], Tensor]] = {
@@ -67,7 +38,7 @@ class Model:
                 source=config.architecture.model_type,
                 where=str(device),
             )
-        taken = _Taken(weights, device)
+        taken = TakenWeights(weights, device, _product)
         self._layers = [taken.layer(index) for index in range(config.layers)]
         self._embedding = taken.tensor("model.embed_tokens.weight")
         self._head = self._embedding if config.tied else taken.tensor("lm_head.weight")
@@ -106,7 +77,7 @@ class Model:
     def _ended(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else kernels.rms_norm(x, norm, self.config.norm_epsilon)
 
-    def _attention(self, normed: Tensor, layer: _Layer, cache: Tensor, rope: Tensor, batch: BatchTensors) -> Tensor:
+    def _attention(self, normed: Tensor, layer: Layer, cache: Tensor, rope: Tensor, batch: BatchTensors) -> Tensor:
         config = self.config
         rows = normed.shape[0]
         q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -142,45 +113,5 @@ def _looked_up(q: Tensor, cache: Tensor, batch: BatchTensors, look: _Look) -> Te
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class _Taken:
-    """A model's weights on their way to a device."""
-
-    def __init__(self, weights: Weights, device: torch.device) -> None:
-        self._config = weights.config
-        self._tensors = weights.tensors
-        self._device = device
-
-    def layer(self, index: int) -> _Layer:
-        config, at = self._config, f"model.layers.{index}"
-        kind, window = config.architecture, config.windows[index]
-        before_mlp = "pre_feedforward_layernorm" if kind.sandwich_norms else "post_attention_layernorm"
-        return _Layer(
-            attention_norm=self.norm(f"{at}.input_layernorm.weight"),
-            qkv=self._product(*(f"{at}.self_attn.{part}_proj" for part in "qkv")),
-            query_norm=self.norm(f"{at}.self_attn.q_norm.weight") if kind.qk_norm else None,
-            key_norm=self.norm(f"{at}.self_attn.k_norm.weight") if kind.qk_norm else None,
-            output=self._product(f"{at}.self_attn.o_proj"),
-            attention_end_norm=self.norm(f"{at}.post_attention_layernorm.weight") if kind.sandwich_norms else None,
-            mlp_norm=self.norm(f"{at}.{before_mlp}.weight"),
-            gate_up=self._product(*(f"{at}.mlp.{part}_proj" for part in ("gate", "up"))),
-            down=self._product(f"{at}.mlp.down_proj"),
-            mlp_end_norm=self.norm(f"{at}.post_feedforward_layernorm.weight") if kind.sandwich_norms else None,
-            window=window,
-            rope=0 if window is None or config.local_rope is None else 1,
-        )
-
-    def tensor(self, *names: str) -> Tensor:
-        """One tensor of all their rows."""
-        return stacked([self._tensors[name] for name in names]).to(self._device)
-
-    def norm(self, name: str) -> Tensor:
-        """What it multiplies by. Where that is 1 + weight, in fp32: rounded, it would be another."""
-        weight = self.tensor(name)
-        return 1.0 + weight.float() if self._config.architecture.plus_one_norms else weight
-
-    def _product(self, *names: str) -> _Product:
-        biased = f"{names[0]}.bias" in self._tensors
-        return _Product(
-            weight=self.tensor(*(f"{name}.weight" for name in names)),
-            bias=self.tensor(*(f"{name}.bias" for name in names)) if biased else None,
-        )
+def _product(weight: Tensor, bias: Tensor | None) -> Product:
+    return partial(kernels.linear, weight=weight, bias=bias)

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import gguf
 import numpy as np
 import torch
-from gguf.quants import quantize
 from torch import Tensor
 
 from diptych.types import WeightFormat
@@ -120,6 +118,9 @@ def _source(
 
 
 def _quantised(tensor: Tensor, to: RowFormat) -> Rows:
+    import gguf  # not every machine with a GPU has it
+    from gguf.quants import quantize
+
     numbers: NDArray[np.float32] = tensor.float().numpy()
     return Rows(to, np.ascontiguousarray(quantize(numbers, gguf.GGMLQuantizationType[to])))
 

@@ -18,7 +18,6 @@ from diptych.types import ModelDtype, ModelSource
 from kernels.cpu.panels import Rows
 from workers.engine.config_json import from_folder
 from workers.engine.conversion import Conversion
-from workers.engine.gguf_files import GgufModel
 from workers.engine.kv_memory import TORCH_DTYPE
 from workers.engine.layout import is_stacked, laid_out
 from workers.engine.model_config import ModelConfig, UnsupportedModel
@@ -100,6 +99,8 @@ def _fill(tensors: Iterable[tuple[str, Tensor]], stored: dict[str, StoredTensor]
 
 
 def _gguf(path: Path, digest: str, dtype: ModelDtype, cache: Path | None, room: int) -> Weights:
+    from workers.engine.gguf_files import GgufModel  # its package isn't on every machine with a GPU
+
     conversion = Conversion(cache, digest, dtype, TORCH_DTYPE[dtype]) if cache else None
     if conversion and (kept := conversion.load()):
         return Weights(config=kept[0], tensors=kept[1], quantised=lambda: GgufModel(path).quantised())

@@ -23,8 +23,8 @@ from triton.runtime.jit import JITFunction
 
 from kernels.gpu import gates, granules, low_bits, norms, rope
 from kernels.gpu.decode_attention import decode_attention
-from kernels.gpu.paged import Look, PagedRows
-from kernels.gpu.prefill_attention import RowTiles, prefill_attention
+from kernels.gpu.paged import Look, PagedRows, RowTiles
+from kernels.gpu.prefill_attention import prefill_attention
 from kernels.reference.granules import Granules
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn

@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton: `make gpu-check` installs it and runs these tests")
 
 from kernels.gpu.decode_attention import decode_attention, split_count
-from kernels.gpu.paged import Look, PagedRows
-from kernels.gpu.prefill_attention import RowTiles, prefill_attention, row_tiles
+from kernels.gpu.paged import Look, PagedRows, RowTiles, row_tiles
+from kernels.gpu.prefill_attention import prefill_attention
 from kernels.reference import attention as reference
 
 SPLIT = reference.SPLIT
