@@ -52,7 +52,7 @@ from workers.calls import Calls
 from workers.decode import DecodeRole
 from workers.engine.engine import Engine, EngineLimits, layout_of
 from workers.engine.kv_memory import KvMemory
-from workers.engine.loading import load_model
+from workers.engine.loading import GpuChoice, load_model
 from workers.engine.weights import TORCH_DTYPE
 from workers.engine_thread import EngineThread, Roles, Snapshot
 from workers.lending import Lender
@@ -347,7 +347,13 @@ class Worker:
         spec, device = self.spec, torch.device(self.spec.device)
         cache = Path(spec.cache) if spec.cache else None
         model, self._computes = load_model(
-            spec.model, spec.dtype, spec.weights, cache=cache, device=device, threads=spec.threads
+            spec.model,
+            spec.dtype,
+            spec.weights,
+            cache=cache,
+            device=device,
+            threads=spec.threads,
+            on_gpu=GpuChoice(spec.kernels, spec.cuda_graphs),
         )
         config = model.config
         width = torch.empty(0, dtype=TORCH_DTYPE[spec.dtype]).element_size()

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cluster.config.values import Address, parse_address, parse_labels, parse_size, parse_weights
 from diptych.hashing import granules_per_block
-from diptych.types import Eviction, ModelDtype, Role, Verify
+from diptych.types import Eviction, GpuKernels, ModelDtype, Role, Verify
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -254,9 +254,13 @@ class Engine(Section):
     gpus: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 0.0
     """GPUs of each worker, 0.5 for a half; 0 shares out those that Ray has when it is asked: where nodes come later,
     say it."""
-    weights: Literal["auto", "bf16", "int8", "int4"] = "auto"
-    """How a CPU keeps a bf16 model's weights: auto is the file's own 4 or 8 bits where it has them, else bf16, and
-    changes no number. int8 and int4 round what the file has in more."""
+    weights: Literal["auto", "bf16", "int8", "int4", "fp8"] = "auto"
+    """How a bf16 model's weights are kept. auto, on a CPU, is the file's own 4 or 8 bits where it has them, else bf16,
+    and changes no number. int8 and int4 round what the file has in more. A GPU knows bf16, int8 and fp8."""
+    kernels: GpuKernels = "auto"
+    """Of a bf16 model on a GPU: auto is triton where it is installed, else reference, which is plain torch."""
+    cuda_graphs: bool = True
+    """With triton: decode steps as CUDA graphs, one for each size of batch."""
 
 
 class AutoscalePoolSection(Section):
@@ -364,6 +368,12 @@ class Config(Section):
             )
         if self.kv.link == "nccl" and self.device == "cpu":
             raise ValueError("kv.link = 'nccl' needs CUDA workers, but device is cpu: set kv.link to auto")
+        if self.engine.weights == "fp8" and self.device == "cpu":
+            raise ValueError("engine.weights = 'fp8' needs CUDA workers, but device is cpu: int8 works on both")
+        if self.engine.weights == "int4" and self.device == "cuda":
+            raise ValueError("engine.weights = 'int4' needs CPU workers, but device is cuda: int8 works on both")
+        if self.engine.kernels == "triton" and self.device == "cpu":
+            raise ValueError("engine.kernels = 'triton' needs CUDA workers, but device is cpu: set it to auto")
         return self
 
     def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401  (pydantic's signature)

@@ -109,5 +109,7 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         lease_seconds=config.kv.lease_seconds,
         cache=site.cache,
         weights=config.engine.weights,
+        kernels=config.engine.kernels,
+        cuda_graphs=config.engine.cuda_graphs,
         eviction=config.kv.eviction,
     )

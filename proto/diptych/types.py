@@ -26,7 +26,8 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
-WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4"]
+WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4", "fp8"]
+GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
 """auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
@@ -595,6 +596,8 @@ class WorkerSpec:
     cache: str
     """Folder for converted weights; empty for none."""
     weights: WeightFormat = "auto"
+    kernels: GpuKernels = "auto"
+    cuda_graphs: bool = True
     eviction: Eviction = "lru"
 
 

@@ -177,6 +177,20 @@ def test_nccl_on_cpu_is_refused() -> None:
     assert "set kv.link to auto" in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "device", "way_out"),
+    [
+        ("engine.weights", "fp8", "cpu", "int8 works on both"),
+        ("engine.weights", "int4", "cuda", "int8 works on both"),
+        ("engine.kernels", "triton", "cpu", "set it to auto"),
+    ],
+)
+def test_what_a_device_lacks_is_refused(key: str, value: str, device: str, way_out: str) -> None:
+    (problem,) = problems(None, (key, value), ("device", device))
+    assert key in problem
+    assert way_out in problem
+
+
 def test_a_missing_file_and_broken_toml_name_the_file(tmp_path: Path) -> None:
     missing = tmp_path / "no.toml"
     assert problems(missing)[0].startswith(f"{missing} can't be read: ")

@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diptych.types import ModelDtype, ModelSource, WeightFormat
+from diptych.types import GpuKernels, ModelDtype, ModelSource, WeightFormat
 from kernels.cpu.library import NoLibrary, load_library
+from kernels.gpu.availability import reason_against
 from workers.engine.batch import ForwardPass
 from workers.engine.model import Model
+from workers.engine.model_config import UnsupportedModel
 from workers.engine.native_model import NativeModel, can_run
 from workers.engine.packed_weights import NoRoom, PackedWeights, kept_file, pack_weights
 from workers.engine.weights import Weights, load_weights
@@ -26,6 +28,13 @@ class Loaded(NamedTuple):
     """In words, for whoever wonders how fast or exact it is."""
 
 
+class GpuChoice(NamedTuple):
+    """What is asked of a GPU."""
+
+    kernels: GpuKernels = "auto"
+    graphs: bool = True
+
+
 def load_model(
     source: ModelSource,
     dtype: ModelDtype,
@@ -34,11 +43,16 @@ def load_model(
     cache: Path | None,
     device: torch.device,
     threads: int,
+    on_gpu: GpuChoice = GpuChoice(),  # noqa: B008  (immutable)
 ) -> Loaded:
-    """Raises what `load_weights` raises. `cache` is a folder for what later starts need not make again."""
+    """Raises what `load_weights` raises, and UnsupportedModel for what this device doesn't have. `cache` is a
+    folder for what later starts need not make again."""
+    _refuse_impossible(dtype, form, device, on_gpu)
     weights = load_weights(source, dtype, cache=cache)
-    reason = _reason_against(weights, dtype, device)
+    reason = _reason_against_triton(dtype, device, on_gpu) if device.type == "cuda" else _reason_against(weights, dtype)
     if not reason:
+        if device.type == "cuda":
+            return _triton(weights, form, device, on_gpu)
         try:
             return _native(weights, source, form, cache, threads)
         except (NoLibrary, NoRoom) as error:
@@ -47,13 +61,46 @@ def load_model(
     return Loaded(model, f"torch on {device.type}, {dtype} ({reason})")
 
 
-def _reason_against(weights: Weights, dtype: ModelDtype, device: torch.device) -> str:
+def _refuse_impossible(dtype: ModelDtype, form: WeightFormat, device: torch.device, on_gpu: GpuChoice) -> None:
+    """What was asked for by name is had or refused; only `auto` makes do."""
+    if form == "fp8" and device.type != "cuda":
+        raise UnsupportedModel("engine.weights = fp8 needs a CUDA GPU: int8 works on both")
+    if device.type != "cuda":
+        return
+    if form == "int4":
+        raise UnsupportedModel("engine.weights = int4 is for CPUs: a GPU knows bf16, int8 and fp8")
+    reason = _reason_against_triton(dtype, device, on_gpu)
+    if reason and on_gpu.kernels == "triton":
+        raise UnsupportedModel(f"engine.kernels = triton: {reason}")
+    if reason and form in ("int8", "fp8") and dtype == "bf16":
+        raise UnsupportedModel(f"engine.weights = {form} on a GPU: {reason}")
+
+
+def _reason_against(weights: Weights, dtype: ModelDtype) -> str:
     """Why the C++ kernels won't do; empty if they may."""
-    if device.type != "cpu":
-        return "the C++ kernels are for CPUs"
     if dtype != "bf16":
         return "the C++ kernels are for bf16"
     return "" if can_run(weights.config) else "the C++ kernels want sizes in multiples of 32"
+
+
+def _reason_against_triton(dtype: ModelDtype, device: torch.device, on_gpu: GpuChoice) -> str:
+    """Why the Triton kernels won't do; empty if they will."""
+    if on_gpu.kernels == "reference":
+        return "engine.kernels = reference"
+    if dtype != "bf16":
+        return "the Triton kernels are for bf16"
+    return reason_against(device)
+
+
+def _triton(weights: Weights, form: WeightFormat, device: torch.device, on_gpu: GpuChoice) -> Loaded:
+    from workers.engine.triton_model import TritonModel  # needs Triton
+
+    bits = form if form in ("int8", "fp8") else None
+    model = TritonModel(
+        weights, max_context=weights.config.context, device=device, bits=bits, graphs=on_gpu.graphs
+    )
+    graphs = "CUDA graphs" if on_gpu.graphs else "no CUDA graphs"
+    return Loaded(model, f"Triton kernels on {device}, {graphs}, weights {bits or 'bf16'}")
 
 
 def _native(weights: Weights, source: ModelSource, form: WeightFormat, cache: Path | None, threads: int) -> Loaded:

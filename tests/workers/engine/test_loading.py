@@ -1,0 +1,44 @@
+"""What is asked for by name is had or refused, before anything is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from diptych.types import ModelSource
+from workers.engine.loading import GpuChoice, load_model
+from workers.engine.model_config import UnsupportedModel
+
+TINY = ModelSource(name="random:tiny", path="random:tiny", digest="0123456789abcdef")
+
+
+def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "auto") -> Any:
+    return load_model(
+        TINY, dtype, form, cache=None, device=torch.device(device), threads=1, on_gpu=GpuChoice(kernels)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"device": "cpu", "form": "fp8"}, "fp8 needs a CUDA GPU"),
+        ({"device": "cuda", "form": "int4"}, "int4 is for CPUs"),
+        ({"device": "cuda", "dtype": "fp32", "kernels": "triton"}, "the Triton kernels are for bf16"),
+        ({"device": "cuda", "form": "int8", "kernels": "reference"}, "engine.kernels = reference"),
+        ({"device": "cuda", "form": "fp8"}, "Triton is not installed"),
+        ({"device": "cuda", "kernels": "triton"}, "Triton is not installed"),
+    ],
+    ids=str,
+)
+def test_what_this_device_lacks_is_refused(
+    asked: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.engine.loading.reason_against", lambda _: "Triton is not installed")
+    with pytest.raises(UnsupportedModel, match=reason):
+        load(**asked)
+
+
+def test_a_cpu_says_what_it_computes_with() -> None:
+    assert load("cpu", dtype="fp32").how == "torch on cpu, fp32 (the C++ kernels are for bf16)"
