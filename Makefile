@@ -9,7 +9,7 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-autoscale bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check gpu-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-autoscale bench-admission bench-simulate check format proto clean install
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ test-full: test ## Also what takes longer than CI has, with real clients of all 
 k8s-check: ## Render every kustomization, validate and lint it; lint tests
 	@tools/setup.sh test,dev,k8s
 	@exec $(BIN)/python -m pytest -m "k8s and not full" tests/k8s $(PYTEST_ARGS)
+
+gpu-check: ## The GPU's kernels and model in Triton's interpreter, and compiled for an H200; needs no GPU
+	@tools/setup.sh test,dev,triton
+	@TRITON_INTERPRET=1 exec $(BIN)/python -m pytest tests/kernels/gpu tests/workers/engine/gpu -m "not gpu" $(PYTEST_ARGS)
 
 bench-engine: install ## One engine: prompts, decoding, mixed; ARGS="--threads 1 --weights auto,bf16,torch"
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.engine $(ARGS)

@@ -21,7 +21,6 @@ from kernels.gpu.paged import Look, PagedRows, dot_precision, tile_of
 _MOST_SPLITS = 64
 _PROGRAMS_PER_PROCESSOR = 8
 """Enough to hide the latency of memory, and to even out rows of different lengths."""
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def split_count(rows: int, kv_heads: int, processors: int) -> int:
@@ -57,8 +56,7 @@ def decode_attention(
         rows.ids,
         parts,
         sums,
-        look.scale,
-        look.soft_cap or 1.0,
+        *look.factors,
         look.window or 0,
         *layer.stride()[:3],
         GROUP=heads // kv_heads,
@@ -139,8 +137,8 @@ def _attend(
         keys = tl.load(there, mask=read, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
         if CAPPED:
-            scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
-        scores = tl.where(seen[None, :], scores * _LOG2_E, float("-inf"))
+            scores = cap * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         # Each tile has a key that is seen, so from the first on the maximum is a number.
         highest = tl.maximum(top, tl.max(scores, 1))
         kept = tl.exp2(top - highest)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 Gate: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]
 _TILE = 1024
 
@@ -25,7 +24,9 @@ def gated(gate_up: Tensor, gate: Gate) -> Tensor:
 
 
 @triton.jit
-def _gated(gate_up: tl.pointer_type, out: tl.pointer_type, size: tl.tensor, TILE: tl.constexpr, GATE: tl.constexpr) -> None:
+def _gated(
+    gate_up: tl.pointer_type, out: tl.pointer_type, size: tl.tensor, TILE: tl.constexpr, GATE: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     held = columns < size

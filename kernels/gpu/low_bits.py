@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 Bits: TypeAlias = Literal["int8", "fp8"]
 _NUMBERS: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST: Final = {"int8": 127.0, "fp8": 448.0}
@@ -61,7 +60,7 @@ def linear(x: Tensor, weight: Narrow, bias: Tensor | None = None) -> Tensor:
     rows = len(x)
     if weight.numbers.dtype == torch.float8_e4m3fn:
         narrow = narrow_rows(x, "fp8")
-        product = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
+        product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
             narrow.numbers,
             weight.numbers.t(),
             scale_a=narrow.scales[:, None],
@@ -70,7 +69,7 @@ def linear(x: Tensor, weight: Narrow, bias: Tensor | None = None) -> Tensor:
         ).to(x.dtype)
         return product if bias is None else product + bias
     narrow = narrow_rows(x, "int8", _LEAST_ROWS)
-    sums = torch._int_mm(narrow.numbers, weight.numbers.t())  # pyright: ignore[reportPrivateUsage]
+    sums = torch._int_mm(narrow.numbers, weight.numbers.t())  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     out = torch.empty((rows, len(weight.numbers)), dtype=x.dtype, device=x.device)
     if rows:
         _widen[rows, triton.cdiv(out.shape[1], _TILE)](

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class PagedRows(NamedTuple):
@@ -35,6 +38,13 @@ class Look(NamedTuple):
     soft_cap: float | None = None
     """Scores are squeezed into ± this."""
 
+    @property
+    def factors(self) -> tuple[float, float]:
+        """What a score is multiplied by before and after it is squeezed; powers are of 2 then, not of e."""
+        if self.soft_cap is None:
+            return self.scale / math.log(2), 1.0
+        return self.scale / self.soft_cap, self.soft_cap / math.log(2)
+
 
 class RowTiles(NamedTuple):
     """Chunks, cut into tiles of rows that a program can hold."""
@@ -53,7 +63,9 @@ def tile_rows(longest: int, head_dim: int, dtype: torch.dtype) -> int:
 def row_tiles(chunks: Sequence[tuple[int, int, int]], rows: int) -> NDArray[np.int32]:
     """chunks: (first row, rows, position of the first) → `RowTiles.tiles`, those with the most keys first."""
     tiles = [
-        (start + at, first + at, min(rows, count - at)) for first, count, start in chunks for at in range(0, count, rows)
+        (start + at, first + at, min(rows, count - at))
+        for first, count, start in chunks
+        for at in range(0, count, rows)
     ]
     tiles.sort(key=lambda tile: -tile[0])
     return np.array([tile[1:] for tile in tiles], dtype=np.int32).reshape(-1, 2)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kernels.gpu.paged import Look, PagedRows, RowTiles, dot_precision, tile_of
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 def prefill_attention(query: Tensor, layer: Tensor, rows: PagedRows, tiles: RowTiles, look: Look, out: Tensor) -> None:
     """Fills the rows of `out` that the tiles name. query, out: [rows, heads, head_dim]
@@ -37,8 +35,7 @@ def prefill_attention(query: Tensor, layer: Tensor, rows: PagedRows, tiles: RowT
         rows.ids,
         tiles.tiles,
         out,
-        look.scale,
-        look.soft_cap or 1.0,
+        *look.factors,
         look.window or 0,
         *layer.stride()[:3],
         GROUP=heads // kv_heads,
@@ -155,8 +152,7 @@ def _visit(
     keys = tl.load(there, mask=read, other=0.0).to(q.dtype)
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
     if CAPPED:
-        scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
-    scores = scores * _LOG2_E
+        scores = cap * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
     if MASKED:
         position = start + tl.arange(0, ROWS)
         # A row beyond the tile's end must not see a key beyond the last: nothing is there.

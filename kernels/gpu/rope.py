@@ -128,7 +128,9 @@ def _turn_and_write(
 
 
 @triton.jit
-def _chosen(is_query: tl.tensor, query_norm: tl.pointer_type, key_norm: tl.pointer_type, dims: tl.tensor, inside: tl.tensor) -> tl.tensor:
+def _chosen(
+    is_query: tl.tensor, query_norm: tl.pointer_type, key_norm: tl.pointer_type, dims: tl.tensor, inside: tl.tensor
+) -> tl.tensor:
     """Each head's norm: [heads, dims]"""
     of_query = tl.load(query_norm + dims, mask=inside, other=0.0).to(tl.float32)
     of_key = tl.load(key_norm + dims, mask=inside, other=0.0).to(tl.float32)

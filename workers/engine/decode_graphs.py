@@ -78,7 +78,8 @@ class DecodeGraphs:
         self._step = step
         self._static = StaticBatch(table_blocks, device)
         self._graphs: dict[int, _Graph] = {}
-        self._pool: tuple[int, int] | None = None
+        # One pool for all: they never run at the same time, and what each returns stays allocated.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, numbers: RowNumbers) -> Logits:
         """Rows that decode, up to as many as the largest bucket has. The logits lie there until the next run."""
@@ -107,8 +108,6 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._step(batch)
             looks = looks_of(logits)
-        # One pool for all: they never run at the same time, and what each returns stays allocated.
-        self._pool = graph.pool()
         return _Graph(graph, logits, looks)
 
 

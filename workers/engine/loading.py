@@ -96,9 +96,7 @@ def _triton(weights: Weights, form: WeightFormat, device: torch.device, on_gpu: 
     from workers.engine.triton_model import TritonModel  # needs Triton
 
     bits = form if form in ("int8", "fp8") else None
-    model = TritonModel(
-        weights, max_context=weights.config.context, device=device, bits=bits, graphs=on_gpu.graphs
-    )
+    model = TritonModel(weights, max_context=weights.config.context, device=device, bits=bits, graphs=on_gpu.graphs)
     graphs = "CUDA graphs" if on_gpu.graphs else "no CUDA graphs"
     return Loaded(model, f"Triton kernels on {device}, {graphs}, weights {bits or 'bf16'}")
 

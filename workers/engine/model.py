@@ -17,7 +17,6 @@ from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
 from workers.engine.weights import Weights
 
-
 _GATES: Mapping[Activation, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": kernels.swiglu,
     "gelu": kernels.geglu,

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import Segment
 from kernels.gpu.paged import PagedRows, RowTiles, row_tiles
 from workers.engine.batch import Batch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def device_batch(batch: Batch, block_size: int, tile_rows: int, device: torch.de
         numbers.ids,
     )
     there = torch.from_numpy(np.concatenate(parts)).to(device)  # pyright: ignore[reportUnknownMemberType]
-    tokens, positions, starts, wanted, cut, ids = there.split([len(part) for part in parts])
+    tokens, positions, starts, wanted, cut, ids = torch.split_with_sizes(there, [len(part) for part in parts])
     return DeviceBatch(
         tokens=tokens,
         rows=PagedRows(positions, starts, ids),

@@ -137,4 +137,4 @@ def _maker(bits: low_bits.Bits | None) -> MakeProduct:
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count  # pyright: ignore

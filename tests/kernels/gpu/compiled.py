@@ -78,7 +78,12 @@ def compiled() -> Iterator[Compiled]:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    for dtype, cache, dim, group in ((BF16, BF16, 128, 4), (BF16, FP8, 128, 4), (BF16, BF16, 256, 2), (FP32, FP32, 80, 1)):
+    for dtype, cache, dim, group in (
+        (BF16, BF16, 128, 4),
+        (BF16, FP8, 128, 4),
+        (BF16, BF16, 256, 2),
+        (FP32, FP32, 80, 1),
+    ):
         for look in (Look(0.1), Look(0.1, window=100, soft_cap=30.0)):
             yield f"{dtype} {cache} {dim} {look}", _attention(dtype, cache, dim, group, look)
     for size, dtype in ((4096, BF16), (2304, BF16), (64, FP32)):

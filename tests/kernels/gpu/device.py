@@ -1,6 +1,6 @@
 """The same tests in Triton's interpreter, on CPU tensors, and compiled, on a GPU: whichever this machine can.
 
-Triton decides between the two when it is imported, so one process does one of them. Conftests import this, so before it.
+Triton decides between the two when it is imported, so one process does one of them. Conftests import this: first.
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "a
     ],
     ids=str,
 )
-def test_what_this_device_lacks_is_refused(
-    asked: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_this_device_lacks_is_refused(asked: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.engine.loading.reason_against", lambda _: "Triton is not installed")
     with pytest.raises(UnsupportedModel, match=reason):
         load(**asked)

@@ -97,7 +97,9 @@ def test_rows_that_pad_a_bucket_change_nothing(device: torch.device) -> None:
     model.forward(prompts([70, 3, 33]), arena)
     batch, padded = decoding([70, 3, 33]), arena.clone()
     plain = device_batch(batch, BLOCK, 64, device)
-    numbers = row_numbers([batch.tokens[row] for row in batch.wanted], [batch.segments[row] for row in batch.wanted], BLOCK)
+    numbers = row_numbers(
+        [batch.tokens[row] for row in batch.wanted], [batch.segments[row] for row in batch.wanted], BLOCK
+    )
     static = StaticBatch(CONTEXT // BLOCK, device)
     # What an earlier, larger batch left behind must not be taken for rows.
     static.fill(row_numbers([9] * 8, [Segment(5, 1, TABLES[3])] * 8, BLOCK), 8)
