@@ -66,6 +66,11 @@ class House(Protocol):
         ...
 
     @property
+    def changing(self) -> bool:
+        """Whether an operation is under way: who isn't there may be about to come back."""
+        ...
+
+    @property
     def avoided(self) -> frozenset[str]:
         """Nodes where nothing starts any more."""
         ...
@@ -98,6 +103,10 @@ class Changes:
         self._vacating = Vacating(config, house, growth)
         self._one_at_a_time = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def busy(self) -> bool:
+        return self._one_at_a_time.locked()
 
     def hear(self, front: Any) -> None:  # noqa: ANN401
         """Do what is asked of this front, until it closes or dies."""
@@ -177,7 +186,8 @@ class Changes:
         named = ", ".join(part.spec.id for part in staying)
         why = self._vacating.lacking_without(staying)
         raise InvalidRequest(
-            f"without {named} {why}: no successor was up in time. It is asked for and comes when a node has room; what "
+            f"without {named} {why}: no successor was up in time. It is asked for and comes when a node has room "
+            f"(`diptych scale` asks for more); what "
             f"{named} serves when the node goes is taken up then",
             param="node",
         )
@@ -194,7 +204,8 @@ class Changes:
         """Its answers go on elsewhere; how many. One that dies meanwhile has none any more."""
         part.retiring = True
         worker, epoch = part.spec.id, part.spec.epoch
-        await answer(self._house.scheduler.drain.remote(worker, epoch), "the scheduler")
+        with suppress(ServingError):  # its successor doesn't learn of one that retires
+            await answer(self._house.scheduler.drain.remote(worker, epoch), "the scheduler")
         with suppress(ServingError):
             return int(await answer(part.handle.drain.remote(seconds), worker))
         return 0

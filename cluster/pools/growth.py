@@ -7,6 +7,7 @@ is there. So an autoscaler of Ray adds nodes for the former, and whoever adds no
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cluster.pools.changes import House
     from cluster.pools.parts import WorkerPart
 
+_log = logging.getLogger(__name__)
 _LOOK_SECONDS: Final = 2.0
 _AGAIN_SECONDS: Final = 60.0
 """A node whose room somebody else has is left alone for so long."""
@@ -75,10 +77,14 @@ class Growth:
 
     def needs(self, part: WorkerPart) -> bool:
         """Whether its pool has to have another for it, wherever there is room."""
-        if part.leaving:
-            return False  # its successor is there, or on its way
         role = part.spec.role
+        if part.leaving:
+            return self.is_short(role)  # or its successor is there, or on its way
         return role not in self._growing or self.staying(role, part) < self._config.pools.of(role).workers
+
+    def is_short(self, role: Role) -> bool:
+        """Whether fewer stay, or are on their way, than there have to be."""
+        return self.staying(role) < self._config.pools.of(role).workers
 
     def staying(self, role: Role, but: WorkerPart | None = None) -> int:
         """Workers of the role that are there or on their way, without those whose node is to go."""
@@ -97,12 +103,18 @@ class Growth:
         """As long as it is left running."""
         while self._growing:
             await asyncio.sleep(_LOOK_SECONDS)
-            if not self._somebody_waits():
-                self._look(await asyncio.to_thread(living_nodes))
+            try:
+                nodes = await asyncio.to_thread(living_nodes)
+                if not self._somebody_waits():
+                    self._look(nodes)
+            except Exception:
+                _log.exception("no pool grew; it is tried again")
 
     def _somebody_waits(self) -> bool:
-        """Room is first for those whom a pool can't do without."""
-        return any(not (part.info or part.lost or part.node) for part in self._house.workers.values())
+        """Room is first for those whom a pool can't do without, and for who is replaced just now."""
+        return self._house.changing or any(
+            not (part.info or part.lost or part.node) for part in self._house.workers.values()
+        )
 
     def _look(self, nodes: Sequence[Node]) -> None:
         alive = {node.id for node in nodes}

@@ -137,11 +137,16 @@ class Pools:
         return WorkerPart(spec, self._make.worker(spec, node), self._deaths(), node=node)
 
     def _forget(self, part: WorkerPart) -> None:
-        del self._workers[part.spec.id]
-        self._epochs[part.spec.id] = part.spec.epoch + 1
+        if self._workers.get(part.spec.id) is part:
+            del self._workers[part.spec.id]
+        self._epochs[part.spec.id] = max(self._epochs.get(part.spec.id, 0), part.spec.epoch + 1)
 
     def room(self, role: Role) -> Room:
         return self._make.room(member(self._config, self._site, role, 0))
+
+    @property
+    def changing(self) -> bool:
+        return self._changes.busy
 
     @property
     def avoided(self) -> frozenset[str]:
@@ -159,6 +164,8 @@ class Pools:
 
     async def _bring(self, part: WorkerPart) -> None:
         if not await self._try_begin(part):
+            if part.retiring:
+                return  # it was to go before it came
             if not self._growth.needs(part):
                 return self._forget(part)
             await self._replace_worker(part)
@@ -288,12 +295,13 @@ class Pools:
             await self._replace_worker(worker)
 
     async def _replace_worker(self, worker: WorkerPart) -> None:
-        while worker.info is None:
+        while worker.info is None and not worker.retiring:
             worker.deaths.add(time.monotonic())
             if worker.deaths.too_many:
                 worker.lost = True
                 return self._give_up(worker.spec.id, worker.deaths)
             worker.spec, worker.node = replace(worker.spec, epoch=worker.spec.epoch + 1), ""
+            worker.leaving = False  # it comes back elsewhere
             worker.handle = self._make.worker(worker.spec)
             await self._try_begin(worker)
 

@@ -73,10 +73,8 @@ class Vacating:
         return [part for part in self._house.workers.values() if part.info and not part.retiring]
 
     def _succeed(self, node: Node) -> None:
-        """Once for each worker there, where its pool is too small without it."""
+        """For each worker there, where its pool is too small without it: again when a successor was given up."""
         for part in self.workers_on(node):
-            if part.leaving:
-                continue
             needed, role = self._growth.needs(part), part.spec.role
             part.leaving = True
             if needed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # ---- the layouts that the C++ side reads and writes ------------------------------------------------
 
+_log = logging.getLogger(__name__)
 _SOURCES: Final = Path(__file__).with_name("native")
 _COLUMNS: Final = (
     *("beside_seconds", "token_seconds", "pair_seconds", "step_tokens"),
@@ -91,8 +93,12 @@ class NativeCosts(NamedTuple):
 def fastest_pricing() -> Pricing:
     """In C++ where that compiles (2 s, once a machine), else in numpy: the same choices for the same costs."""
     try:
-        return native_pricing(cache_folder() / "scheduler")
-    except NoLibrary:
+        try:
+            return native_pricing(cache_folder() / "scheduler")
+        except NoLibrary:
+            return native_pricing(None)  # the folder may be read-only
+    except Exception as error:
+        _log.warning("placements are priced by numpy, which takes three times the CPU: %s", error)
         return price_by_numpy
 
 

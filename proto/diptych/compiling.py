@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
 _COMPILERS = ("g++", "clang++", "c++")
 _COMPILE_SECONDS = 300.0
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NoLibrary(Exception):
@@ -46,9 +48,28 @@ def compiled_library(sources: Path, folder: Path | None, *, needed: frozenset[st
             return _opened(_compiled(sources, compiler, Path(passing), processor))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _take(folder)
         return _opened(_compiled(sources, compiler, folder, processor))
     except OSError as error:
         raise NoLibrary(f"{folder}: {error}") from error
+
+
+def _take(folder: Path) -> None:
+    """Code that others could put there must not run here. Raises NoLibrary."""
+    state = folder.stat()
+    if state.st_uid not in (os.getuid(), 0):
+        raise NoLibrary(f"{folder} belongs to user {state.st_uid}: set DIPTYCH_CACHE to a folder of your own")
+    if state.st_mode & _OTHERS_WRITE:
+        folder.chmod(stat.S_IMODE(state.st_mode) & ~_OTHERS_WRITE)
+
+
+def _is_ours(library: Path) -> bool:
+    """False for one that is not there, or that somebody else may have written."""
+    try:
+        state = library.stat()
+    except FileNotFoundError:
+        return False
+    return state.st_uid in (os.getuid(), 0) and not state.st_mode & _OTHERS_WRITE
 
 
 def _processor() -> frozenset[str]:
@@ -77,13 +98,13 @@ def _compiled(sources: Path, compiler: tuple[str, ...], folder: Path, processor:
         digest.update(file.read_bytes())
     name = sources.parent.name
     made = folder / f"{name}-{digest.hexdigest()[:16]}.so"
-    if made.exists():
+    if _is_ours(made):
         return made
     if not compiler:
         raise NoLibrary("there is no C++ compiler: install g++, or `pip install ziglang`, which brings one")
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes start together: one compiles, the others wait
-        if not made.exists():
+        if not _is_ours(made):
             _compile(compiler, [str(file) for file in files if file.suffix == ".cpp"], made)
     return made
 
@@ -95,6 +116,9 @@ def _compile(compiler: tuple[str, ...], files: list[str], made: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
         if done.returncode:
             raise NoLibrary(f"{compiler[0]} failed: {done.stderr[-2000:]}")
+        part.chmod(0o755)
+        with part.open("rb") as written:  # a half-written library would end whoever loads it
+            os.fsync(written.fileno())
         part.replace(made)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoLibrary(f"{compiler[0]} failed: {error}") from error

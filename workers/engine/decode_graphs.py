@@ -78,6 +78,8 @@ class DecodeGraphs:
         self._step = step
         self._static = StaticBatch(table_blocks, device)
         self._graphs: dict[int, _Graph] = {}
+        self._logits: Tensor | None = None
+        """[most rows, vocabulary] fp32, which all graphs write: one of their own each would take gigabytes."""
         # One pool for all: they never run at the same time, and what each returns stays allocated.
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -101,14 +103,18 @@ class DecodeGraphs:
         side, ours = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(ours)
         with torch.cuda.stream(side):
-            looks_of(self._step(batch))
+            logits = self._step(batch)
+            looks_of(logits)
         ours.wait_stream(side)
+        if self._logits is None:
+            self._logits = torch.empty(_MOST, logits.shape[1], dtype=torch.float32, device=logits.device)
+        kept = self._logits[:bucket]
         graph = torch.cuda.CUDAGraph()
         # Other threads of a worker pack and send meanwhile; only what this one does must be capturable.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._step(batch)
-            looks = looks_of(logits)
-        return _Graph(graph, logits, looks)
+            kept.copy_(self._step(batch))
+            looks = looks_of(kept)
+        return _Graph(graph, kept, looks)
 
 
 def looks_of(logits: Tensor) -> Tensor:

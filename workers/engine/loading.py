@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from diptych.types import GpuKernels, ModelDtype, ModelSource, WeightFormat
 from kernels.cpu.library import NoLibrary, load_library
@@ -16,8 +18,8 @@ from workers.engine.native_model import NativeModel, can_run
 from workers.engine.packed_weights import NoRoom, PackedWeights, kept_file, pack_weights
 from workers.engine.weights import Weights, load_weights
 
-if TYPE_CHECKING:
-    import torch
+_FP8_CAPABILITY = (9, 0)
+"""What products by rows' scales need (`kernels.gpu.low_bits`)."""
 
 
 class Loaded(NamedTuple):
@@ -69,11 +71,20 @@ def _refuse_impossible(dtype: ModelDtype, form: WeightFormat, device: torch.devi
         return
     if form == "int4":
         raise UnsupportedModel("engine.weights = int4 is for CPUs: a GPU knows bf16, int8 and fp8")
+    if form == "fp8" and (able := torch.cuda.get_device_capability(device)) < _FP8_CAPABILITY:
+        raise UnsupportedModel(
+            f"engine.weights = fp8 needs compute capability {_dotted(_FP8_CAPABILITY)}, this GPU has {_dotted(able)}: "
+            "int8 works"
+        )
     reason = _reason_against_triton(dtype, device, on_gpu)
     if reason and on_gpu.kernels == "triton":
         raise UnsupportedModel(f"engine.kernels = triton: {reason}")
     if reason and form in ("int8", "fp8") and dtype == "bf16":
         raise UnsupportedModel(f"engine.weights = {form} on a GPU: {reason}")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def _reason_against(weights: Weights, dtype: ModelDtype) -> str:
