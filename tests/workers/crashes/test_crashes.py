@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Make = Callable[..., Any]
 LEASE_SECONDS = 2.5
-SLACK_SECONDS = 2.0
+SLACK_SECONDS = 6.0
 """For a busy machine, and for a sender that still computes when its receiver stops: its lease begins after that."""
 """An idle engine looks at its leases four times a second, on cores shared with many."""
 LINKS = ("gloo", "mapped")
