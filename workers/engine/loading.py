@@ -71,16 +71,16 @@ def _refuse_impossible(dtype: ModelDtype, form: WeightFormat, device: torch.devi
         return
     if form == "int4":
         raise UnsupportedModel("engine.weights = int4 is for CPUs: a GPU knows bf16, int8 and fp8")
-    if form == "fp8" and (able := torch.cuda.get_device_capability(device)) < _FP8_CAPABILITY:
-        raise UnsupportedModel(
-            f"engine.weights = fp8 needs compute capability {_dotted(_FP8_CAPABILITY)}, this GPU has {_dotted(able)}: "
-            "int8 works"
-        )
     reason = _reason_against_triton(dtype, device, on_gpu)
     if reason and on_gpu.kernels == "triton":
         raise UnsupportedModel(f"engine.kernels = triton: {reason}")
     if reason and form in ("int8", "fp8") and dtype == "bf16":
         raise UnsupportedModel(f"engine.weights = {form} on a GPU: {reason}")
+    if form == "fp8" and not reason and (able := torch.cuda.get_device_capability(device)) < _FP8_CAPABILITY:
+        raise UnsupportedModel(
+            f"engine.weights = fp8 needs compute capability {_dotted(_FP8_CAPABILITY)}, this GPU has {_dotted(able)}: "
+            "int8 works"
+        )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -38,5 +38,12 @@ def test_what_this_device_lacks_is_refused(asked: dict[str, Any], reason: str, m
         load(**asked)
 
 
+def test_fp8_wants_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engine.loading.reason_against", lambda _: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(UnsupportedModel, match=r"fp8 needs compute capability 9\.0, this GPU has 8\.0: int8 works"):
+        load("cuda", form="fp8")
+
+
 def test_a_cpu_says_what_it_computes_with() -> None:
     assert load("cpu", dtype="fp32").how == "torch on cpu, fp32 (the C++ kernels are for bf16)"
