@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,17 +61,22 @@ def percent(part: int, whole: int) -> str:
 
 
 def largest_file_bytes(folder: Path) -> int:
-    """Size of the largest file below `folder`, while others create and delete files in it."""
-    return max((_size_bytes(path) for path in folder.rglob("*")), default=0)
+    """Size of the largest file below `folder`, while others create and delete files and folders in it."""
+    return max(map(_size_bytes, _files(folder)), default=0)
 
 
 def total_bytes(folder: Path) -> int:
     """Size of all files below `folder`, links not counted."""
-    return sum(_size_bytes(path) for path in folder.rglob("*") if not path.is_symlink())
+    return sum(_size_bytes(path) for path in _files(folder) if not path.is_symlink())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for where, _, names in os.walk(folder):  # passes over folders that are gone, which `rglob` doesn't
+        yield from (Path(where, name) for name in names)
 
 
 def _size_bytes(path: Path) -> int:
     try:
-        return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:  # deleted since it was listed
+        return path.stat().st_size
+    except FileNotFoundError:  # deleted since it was listed, or a link to nothing
         return 0
