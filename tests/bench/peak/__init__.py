@@ -1,0 +1,1 @@
+"""What this processor multiplies at most, from registers alone."""
