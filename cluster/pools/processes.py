@@ -7,6 +7,7 @@ may be killed does. Ray never restarts anything; `cluster.pools.pools` does.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from math import inf
 from typing import Any
 
@@ -19,7 +20,6 @@ from cluster.config.values import Address
 from cluster.front.actor import FrontActor, FrontSpec
 from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
-from cluster.pools.nodes import living_nodes
 from cluster.pools.room import Room
 from cluster.scheduler.actor import SchedulerActor
 from cluster.scheduler.admission import AdmissionPolicy
@@ -49,9 +49,13 @@ class Processes:
         """Ray's ids of nodes where no worker starts any more."""
         return self._avoided
 
-    def avoid(self, node: str) -> None:
-        """From now on. Those that are dead are forgotten: their ids never come back."""
-        self._avoided = frozenset({node} | {other.id for other in living_nodes() if other.id in self._avoided})
+    def avoid(self, node: str, alive: Iterable[str]) -> None:
+        """From now on. Those that are not `alive` are forgotten: their ids never come back."""
+        self._avoided = self._avoided.intersection(alive) | {node}
+
+    def welcome(self, node: str) -> None:
+        """It stays after all."""
+        self._avoided -= {node}
 
     def worker(self, spec: WorkerSpec, node: str = "") -> Any:  # noqa: ANN401 (handles are untyped)
         """On `node`, or on any with room for it and its pool's labels."""
