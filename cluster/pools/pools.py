@@ -174,8 +174,6 @@ class Pools:
 
     async def _bring(self, part: WorkerPart) -> None:
         if error := await self._try_begin(part):
-            if part.retiring:
-                return  # it was to go before it came
             if not self._growth.needs(part):
                 return self._forget(part)
             await self._replace_worker(part, error)
@@ -261,7 +259,6 @@ class Pools:
 
     async def _begin(self, part: WorkerPart) -> None:
         await self._start_worker(part)
-        self._check_wanted(part)
         async with asyncio.timeout(_START_SECONDS):
             await self.reintroduce()
             self._check_wanted(part)
@@ -367,8 +364,7 @@ class Pools:
                 (self._growth.refused if full else self._growth.died)(worker.node)
             if not worker.retiring:
                 self._say(f"{worker.spec.id} did not start: {error!r}", "debug" if worker.node else "warning")
-            # Its traceback would hold the frames of each try for as long as the worker is waited for.
-            return error.with_traceback(None)
+            return error
         return None
 
     def _whisper(self, line: str | Step) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -65,12 +66,12 @@ class Processes:
             "OMP_WAIT_POLICY": "PASSIVE",
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         }
-        options = actor_options(environment) | self.needs(spec) | {"concurrency_groups": {CONTROL: _MANY_CALLS}}
+        options = actor_options(environment) | self.needs(spec)
         if node:
             options |= here(node)
         elif selector := self.room(spec).selector:
             options |= {"label_selector": selector}
-        return ray.remote(**options)(WorkerActor).remote(spec)  # pyright: ignore
+        return _kind(WorkerActor).options(**options).remote(spec)
 
     def room(self, spec: WorkerSpec) -> Room:
         """What it asks of its node."""
@@ -97,7 +98,7 @@ class Processes:
             autoscale=_autoscale_policy(self._config),
         )
         options = actor_options() | here(self._site.node)
-        return ray.remote(**options)(SchedulerActor).remote(spec)  # pyright: ignore
+        return _kind(SchedulerActor).options(**options).remote(spec)
 
     def front(self, front: FrontId, http: Address, grpc: Address) -> Any:  # noqa: ANN401
         """Where clients reach the cluster."""
@@ -126,7 +127,16 @@ class Processes:
             secret=self._site.secret,
         )
         options = actor_options() | here(self._site.node)
-        return ray.remote(**options)(FrontActor).remote(spec)  # pyright: ignore
+        return _kind(FrontActor).options(**options).remote(spec)
+
+
+@cache
+def _kind(cls: type) -> Any:  # noqa: ANN401
+    """Ray's class of it: one for all its lives. Each one made is kept for ever, in the GCS and, with the signatures of
+    its methods, in every process that hears of one of its actors.
+    """
+    groups = {CONTROL: _MANY_CALLS} if cls is WorkerActor else {}
+    return ray.remote(max_restarts=0, concurrency_groups=groups)(cls)  # pyright: ignore
 
 
 def _admission_policy(admission: AdmissionSection) -> AdmissionPolicy:

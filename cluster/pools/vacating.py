@@ -39,8 +39,6 @@ class Vacating:
         """Who was brought for whom."""
         self._under_way: Counter[str] = Counter()
         """Drains, by node: a pod's end and an operator may ask for the same."""
-        self._vacated: frozenset[str] = frozenset()
-        """Nodes whose drain was done: they are avoided until they are gone."""
 
     @asynccontextmanager
     async def node(self, name: str) -> AsyncGenerator[Node]:
@@ -56,9 +54,8 @@ class Vacating:
         try:
             await self._prepare(node)
             yield node
-            self._vacated = (self._vacated | {node.id}) & self._house.avoided
         except BaseException:
-            if self._under_way[node.id] == 1 and node.id not in self._vacated:
+            if self._under_way[node.id] == 1:
                 self._restore(node)
             raise
         finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
+from ray.actor import ActorClass
 
 from cluster.config import Override, load
 from cluster.pools.members import Site
@@ -65,7 +66,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             await scenario(House(pools, small, said))
             await pools.stop()
 
-        for name in ("remote", "kill", "nodes"):
+        monkeypatch.setattr(ActorClass, "_remote", lambda kind, **options: small.make(kind, **options))
+        for name in ("kill", "nodes"):
             monkeypatch.setattr(ray, name, getattr(small, name))
         monkeypatch.setattr(ray, "available_resources", small.free)
         monkeypatch.setattr(ray, "cluster_resources", small.resources)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, block_size=16, head_dim=8, dtype="fp32")
 _CALL_SECONDS = 0.01
+_THREAD_SECONDS = 1.0
+"""Long enough for others to come between."""
 
 
 # ---- the clock ------------------------------------------------------------------------------------
@@ -49,7 +51,16 @@ class SkippingLoop(asyncio.SelectorEventLoop):
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         """After a moment, as a thread would answer, in this one: a real thread knows nothing of this clock."""
         done = self.create_future()
-        self.call_later(_CALL_SECONDS, lambda: done.cancelled() or done.set_result(func(*args)))
+
+        def work() -> None:
+            if done.cancelled():
+                return
+            try:
+                done.set_result(func(*args))
+            except Exception as error:
+                done.set_exception(error)
+
+        self.call_later(_THREAD_SECONDS, work)
         return done
 
 
@@ -183,30 +194,29 @@ class SmallRay:
     cpus: dict[str, float]
     load_seconds: float = 5.0
     stop_seconds: float = 3.0
+    head_is_away: bool = False
     crashes: Callable[[WorkerSpec], bool] = lambda _: False
     processes: list[Process] = field(default_factory=list)
+    classes: set[Any] = field(default_factory=set)
+    """Ray's ids of the classes that actors were made of."""
     told: list[tuple[str, WorkerId, int]] = field(default_factory=list)
     """What schedulers heard: "join" or "leave", of whom, of which epoch."""
 
-    def remote(self, **options: Any) -> Any:
-        """`ray.remote(**options)(Kind).remote(spec)`."""
-
-        class Kind:
-            def __init__(kind, cls: type) -> None:
-                kind.name = cls.__name__
-
-            def remote(kind, spec: Any) -> Handle:
-                process = Process(self, kind.name, spec, options)
-                self.processes.append(process)
-                self.place_all()
-                return Handle(process)
-
-        return Kind
+    def make(self, kind: Any, *, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Handle:
+        """In place of `ray.actor.ActorClass._remote`: Ray's own classes have looked at the options by then."""
+        metadata = kind.__ray_metadata__
+        self.classes.add(metadata.class_id)
+        process = Process(self, metadata.modified_class.__name__.rpartition(".")[2], args[0], options | kwargs)
+        self.processes.append(process)
+        self.place_all()
+        return Handle(process)
 
     def kill(self, handle: Handle) -> None:
         handle.process.die()
 
     def nodes(self) -> list[dict[str, Any]]:
+        if self.head_is_away:
+            raise RuntimeError("the head is away")
         return [
             {"NodeID": name, "NodeManagerAddress": name, "Labels": {}, "Resources": {"CPU": cpus}, "Alive": True}
             for name, cpus in self.cpus.items()
