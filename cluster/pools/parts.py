@@ -33,6 +33,13 @@ class WorkerPart:
     """How often in a row Ray had no room for it in time."""
 
     @property
+    def absence(self) -> str:
+        """Why it isn't there, in words, if that lasts; of one that may only be on one node nobody has to know."""
+        if self.lost:
+            return f"died {self.deaths} and is not replaced"
+        return "" if self.info or self.node else self.lacks
+
+    @property
     def where(self) -> str:
         """The node where it is, or may only be; empty while nobody knows."""
         return self.info.node if self.info else self.node

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,7 @@ class Pools:
         """Set when a worker is up; then there is another."""
         self._returning: set[WorkerId] = set()
         """Names of who is made again, and is nobody meanwhile."""
+        self._told_away: dict[WorkerId, str] = {}
         self._epochs: dict[WorkerId, int] = {}
         """The next of each name that is free again: what a lost process still says must not pass for its heir's."""
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -142,6 +144,7 @@ class Pools:
     def _forget(self, part: WorkerPart) -> None:
         if self._workers.get(part.spec.id) is part:
             del self._workers[part.spec.id]
+        self._tell_away()
         self._epochs[part.spec.id] = max(self._epochs.get(part.spec.id, 0), part.spec.epoch + 1)
 
     def room(self, role: Role) -> Room:
@@ -286,7 +289,8 @@ class Pools:
         """Raises NoRoom."""
 
         def say(line: str) -> None:
-            worker.lacks = line
+            worker.lacks = line.removeprefix(f"{worker.spec.id} ")
+            self._tell_away()
             (self._whisper if worker.node else self._say)(line)
 
         worker.placed = False
@@ -295,8 +299,10 @@ class Pools:
             await wait_room(worker.handle, worker.spec.id, self._make.room(worker.spec), seconds, say)
         except NoRoom as error:
             worker.lacks, worker.refusals = str(error), worker.refusals + 1
+            self._tell_away()
             raise
         worker.placed, worker.lacks, worker.refusals = True, "", 0
+        self._tell_away()
 
     async def _start_first(self, worker: WorkerPart) -> None:
         await self._start_worker(worker)
@@ -440,6 +446,8 @@ class Pools:
 
     async def _install_scheduler(self) -> None:
         """It knows all workers before anybody asks it; who waited at the one before asks again."""
+        self._told_away = {}
+        self._tell_away()
         joins = [self._join(worker) for worker in self._workers.values() if worker.info and not worker.retiring]
         await self._all_bounded(joins, "the scheduler", _CALL_SECONDS)
         tells = [front.handle.use_scheduler.remote(self._scheduler) for front in self._fronts if front.prepared]
@@ -467,7 +475,19 @@ class Pools:
         except (ServingError, TimeoutError) as error:
             self._say(f"not everyone heard of the change: {error!r}", "warning")
 
+    def _tell_away(self) -> None:
+        """Whoever asks for the cluster's status hears it from the scheduler."""
+        away = {who: why for who, part in self._workers.items() if (why := part.absence)}
+        if away != self._told_away:
+            self._told_away = away
+            self._watch(self._hear_away(away))
+
+    async def _hear_away(self, away: dict[WorkerId, str]) -> None:
+        with suppress(ServingError):  # its successor is told anew
+            await answer(self._scheduler.away.remote(away), "the scheduler")
+
     def _give_up(self, who: str, deaths: Deaths) -> None:
+        self._tell_away()
         self._say(f"{who} died {deaths} and is not replaced", "error")
         decoding = [worker for worker in self._workers.values() if worker.spec.role != "prefill"]
         for kind, parts in (("worker that decodes", decoding), ("front", self._fronts)):

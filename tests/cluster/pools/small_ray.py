@@ -119,6 +119,8 @@ class Process:
                 return 0
             case "join" | "leave":
                 self.small.told.append((name, *_named(arguments)))
+            case "away":
+                self.small.away = dict(arguments[0])
             case "settle":
                 self.settled[arguments[0]].set_result(arguments[1])
             case _:
@@ -197,6 +199,8 @@ class SmallRay:
     head_is_away: bool = False
     crashes: Callable[[WorkerSpec], bool] = lambda _: False
     processes: list[Process] = field(default_factory=list)
+    away: dict[WorkerId, str] = field(default_factory=dict)
+    """What the scheduler heard last."""
     classes: set[Any] = field(default_factory=set)
     """Ray's ids of the classes that actors were made of."""
     told: list[tuple[str, WorkerId, int]] = field(default_factory=list)

@@ -229,10 +229,15 @@ def test_waiting_for_room_is_no_death(play: Play) -> None:
         assert not part.lost
         assert not broken.done(), "another one decodes"
         assert len([line for _, line in house.said if "decode-1 did not start: NoRoom" in line]) > 30
-        assert "needs 2 CPU" in part.lacks
+        assert list(house.ray.away) == ["decode-1"]
+        assert "needs 2 CPU, free are 0 CPU of 4 CPU in all" in house.ray.away[WorkerId("decode-1")]
+        next(one for one in house.ray.living() if one.kind == "SchedulerActor").die()
+        house.ray.away = {}
+        await asyncio.sleep(10)
+        assert list(house.ray.away) == ["decode-1"], "the next scheduler knows, too"
         house.ray.add_node(NEW, 2.0)
         await until(lambda: bool(part.info), 120)
-        assert part.lacks == ""
+        assert house.ray.away == {}
 
     play(scenario, cpus(a=2.0, b=2.0, c=2.0), pools__decode__workers=2, cluster__max_deaths=2)
 
@@ -253,6 +258,8 @@ def test_a_worker_that_crashes_again_and_again_is_given_up(play: Play) -> None:
         house.ray.worker("decode-1").die()
         await until(lambda: house.pools.workers[WorkerId("decode-1")].lost, 120)
         assert ("error", "decode-1 died 3 times within 10 minutes and is not replaced") in house.said
+        await asyncio.sleep(1)
+        assert house.ray.away == {"decode-1": "died 3 times within 10 minutes and is not replaced"}
 
     play(scenario, cpus(a=2.0, b=2.0, c=2.0), pools__decode__workers=2, cluster__max_deaths=2)
 
