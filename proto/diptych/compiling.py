@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +31,8 @@ _COMPILERS = ("g++", "clang++", "c++")
 _COMPILE_SECONDS = 300.0
 _SPARE_SECONDS = 10.0
 _LOOK_SECONDS = 0.05
+_NOT_HERE = f"this is {platform.system()} on {platform.machine()}; C++ is compiled on Linux on x86"
+_NO_COMPILER = "there is no C++ compiler: install g++, or `pip install ziglang`, which brings one"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -38,26 +41,34 @@ class NoLibrary(Exception):
 
 
 def compiled_library(sources: Path, folder: Path | None, *, needed: frozenset[str] = frozenset()) -> ctypes.CDLL:
-    """All C++ files of `sources` as one library, from `folder` or compiled into it (None: into a folder that goes
-    with the process's end). `needed`: what the processor must be able to do, as Linux names it.
+    """All C++ files of `sources` as one library, from `folder` or compiled into it. Where that can't be written, and
+    for None, it is compiled for this process alone. `needed`: what the processor must be able to do, as Linux names it.
 
     Raises NoLibrary.
     """
     processor = _processor()
     if not processor:
-        raise NoLibrary(f"this is {platform.system()} on {platform.machine()}; C++ is compiled on Linux on x86")
+        raise NoLibrary(_NOT_HERE)
     if missing := sorted(needed - processor):
         raise NoLibrary(f"this processor lacks {', '.join(missing)}")
     compiler = _compiler()
-    if folder is None:
+    if folder is not None:
+        with suppress(OSError):  # a volume of models is often read-only
+            folder.mkdir(parents=True, exist_ok=True)
+            _take(folder)
+            return _opened(_compiled(sources, compiler, folder, processor))
+    try:
         with tempfile.TemporaryDirectory() as passing:
             return _opened(_compiled(sources, compiler, Path(passing), processor))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _take(folder)
-        return _opened(_compiled(sources, compiler, folder, processor))
     except OSError as error:
-        raise NoLibrary(f"{folder}: {error}") from error
+        raise NoLibrary(f"nothing can be written here: {error}") from error
+
+
+def reason_against() -> str:
+    """Why nothing can be compiled on this machine; empty when it can."""
+    if not _processor():
+        return _NOT_HERE
+    return "" if _compiler() else _NO_COMPILER
 
 
 def _take(folder: Path) -> None:
@@ -107,7 +118,7 @@ def _compiled(sources: Path, compiler: tuple[str, ...], folder: Path, processor:
     if _is_ours(made):
         return made
     if not compiler:
-        raise NoLibrary("there is no C++ compiler: install g++, or `pip install ziglang`, which brings one")
+        raise NoLibrary(_NO_COMPILER)
     with (folder / f"{name}.lock").open("w") as lock:
         # Processes start together: one compiles, the others wait. One that is frozen meanwhile holds up nobody for
         # ever: then each compiles for itself, and what is there last is as good as the first.

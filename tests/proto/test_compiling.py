@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import stat
 import subprocess
@@ -115,9 +114,18 @@ def test_what_does_not_compile_says_why_and_leaves_nothing(sources: Path, tmp_pa
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_is_read_only_is_no_library_but_a_passing_one_is(sources: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir(mode=0o555)
-    with pytest.raises(NoLibrary, match="cache"):
-        compiled_library(sources, tmp_path / "cache")
+def test_where_the_folder_can_not_be_written_a_process_compiles_for_itself(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert compiled_library(sources, tmp_path / "file" / "cache").answer() == 42
     assert compiled_library(sources, None).answer() == 42
+
+
+def test_a_machine_without_a_compiler_says_what_would_help(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compiling.reason_against() == ""
+    monkeypatch.setattr(compiling, "_compiler", tuple)
+    assert "install g++" in compiling.reason_against()
+    for folder in (tmp_path / "cache", None):
+        with pytest.raises(NoLibrary, match="install g\\+\\+"):
+            compiled_library(sources, folder)
