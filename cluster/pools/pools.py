@@ -28,7 +28,7 @@ from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
 from cluster.pools.rescaling import rescale
 from cluster.pools.room import QUIET_SECONDS, NoRoom, Room, wait_room
-from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
+from cluster.pools.watch import Deaths, end, progress_of, pulse_of, silence_of, wait_end, wait_start
 from diptych.errors import Internal, InvalidRequest, ServingError, WorkerLost
 from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo, WorkerSpec
 from workers.actors import answer
@@ -279,7 +279,10 @@ class Pools:
     async def _start_worker(self, worker: WorkerPart) -> None:
         await self._find_room(worker)
         async with asyncio.timeout(_START_SECONDS):
-            info: WorkerInfo = await answer(worker.handle.start.remote(), worker.spec.id)
+            handle, who = worker.handle, worker.spec.id
+            starting: asyncio.Future[WorkerInfo] = asyncio.ensure_future(answer(handle.start.remote(), who))
+            seen = None if self._site.joined else progress_of
+            info = await wait_start(starting, lambda: answer(handle.pid.remote(), who), self._patience_seconds, seen)
         worker.info = info
         size = info.blocks * info.layout.block_bytes / 2**20
         tokens = info.blocks * info.layout.block_size

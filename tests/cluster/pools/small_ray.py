@@ -111,7 +111,7 @@ class Process:
             case "stop":
                 self.stopping.set()
                 await asyncio.sleep(self.small.stop_seconds)
-            case "prepare":
+            case "prepare" | "pid":
                 return 1
             case "open":
                 return Ports(1, 2)
@@ -131,6 +131,8 @@ class Process:
         if self.small.crashes(spec):
             self.die()
         await asyncio.sleep(self.small.load_seconds)
+        if self.frozen:
+            await asyncio.Event().wait()
         self.up = True
         return WorkerInfo(
             id=spec.id, role=spec.role, epoch=spec.epoch, build="b", model_digest="d", layout=LAYOUT, blocks=100,

@@ -276,6 +276,18 @@ def test_a_large_model_has_its_whole_time_to_load_however_late_its_room_came(pla
     play(scenario, cpus(a=2.0, b=2.0, c=2.0), **settings)
 
 
+def test_a_worker_that_is_frozen_while_it_loads_is_replaced_before_its_time_is_over(play: Play) -> None:
+    async def scenario(house: House) -> None:
+        house.ray.worker("decode-1").die()
+        await until(lambda: not house.pools.workers[WorkerId("decode-1")].info)
+        await asyncio.sleep(2)
+        house.ray.worker("decode-1").frozen = True
+        await until(lambda: ("decode-1", 2) in [(who, epoch) for who, epoch, _ in house.registered()], 300)
+        assert any("its process is frozen" in line for _, line in house.said)
+
+    play(scenario, cpus(a=2.0, b=2.0, c=2.0), pools__decode__workers=2)
+
+
 # ---- parts that are away --------------------------------------------------------------------------
 
 
