@@ -786,3 +786,5 @@ class ClusterStatus:
     """CPU time of all decisions so far."""
     autoscale: AutoscaleStatus | None = None
     """None where it is off."""
+    away: tuple[tuple[WorkerId, str], ...] = ()
+    """Who should be there and isn't, for longer than a start takes, and why, in words."""
