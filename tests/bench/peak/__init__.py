@@ -1,1 +1,0 @@
-"""What this processor multiplies at most, from registers alone."""
