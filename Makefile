@@ -12,7 +12,7 @@ BIN := .venv/bin
 .PHONY: help serve test test-full k8s-check gpu-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peak bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-autoscale bench-admission bench-simulate check format proto clean install
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 serve: ## Install, fetch the default model and serve it; ARGS="--prefill 2 ..." passes arguments
 	@tools/setup.sh

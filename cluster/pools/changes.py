@@ -254,9 +254,14 @@ class Changes:
 
     async def _scale(self, wanted: ScalePool) -> Changed:
         pool = [part for part in self._house.workers.values() if part.spec.role == wanted.role and not part.lost]
-        leaving = sorted(pool, key=lambda part: _number(part.spec.id))[wanted.workers :]
-        kept = {who: part for who, part in self._house.workers.items() if part not in leaving and not part.lost}
-        if leaving:
+        # Who is up stays before who is not: it may be all there is.
+        leaving = sorted(pool, key=lambda part: (part.info is None, _number(part.spec.id)))[wanted.workers :]
+        kept = {
+            who: part
+            for who, part in self._house.workers.items()
+            if part not in leaving and part.info and not part.retiring
+        }
+        if any(part.info for part in leaving):
             self._check_served(_roles(kept), f"with {wanted.workers} {wanted.role} workers")
         self._growth.hold(wanted.role)
         for part in reversed(leaving):
@@ -264,7 +269,9 @@ class Changes:
             await self._house.retire(part)
         numbers = free_numbers(wanted.role, self._house.names, max(0, wanted.workers - len(pool)))
         new = [self._house.part(wanted.role, number) for number in numbers]
-        await asyncio.gather(*map(self._house.add, new))
+        results = await asyncio.gather(*map(self._house.add, new), return_exceptions=True)
+        if failed := next(filter(None, results), None):
+            raise failed
         return Changed(
             seconds=0, started=tuple(part.spec.id for part in new), ended=tuple(part.spec.id for part in leaving)
         )

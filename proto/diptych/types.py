@@ -27,8 +27,9 @@ mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
 WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4", "fp8"]
-GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
 """auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
+GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
+"""auto: triton where it is installed, else reference, which is plain torch."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""

@@ -104,6 +104,20 @@ def test_who_is_scaled_away_while_it_starts_does_not_come_back(play: Play, load_
         play(scenario, cpus(a=4.0, b=4.0), pools__decode__workers=3)
 
 
+def test_who_serves_stays_when_a_pool_is_made_smaller_while_another_is_away(play: Play) -> None:
+    async def scenario(house: House) -> None:
+        house.ray.load_seconds = 300.0
+        house.ray.worker("decode-0").die()
+        await until(lambda: not house.pools.workers[WorkerId("decode-0")].info)
+        changed = await house.perform(ScalePool(role="decode", workers=1))
+        assert changed.ended == ("decode-0",), "the other is all that decodes"
+        await asyncio.sleep(900)
+        assert [who for who, _, _ in house.registered()] == ["decode-1", "prefill-0"]
+        assert house.ray.workers() == house.registered()
+
+    play(scenario, cpus(a=4.0, b=4.0), pools__decode__workers=2)
+
+
 # ---- a node that is to go -------------------------------------------------------------------------
 
 
