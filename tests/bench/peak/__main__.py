@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CHAINS: Final = 16
-_OPERATIONS: Final = {"bf16": 64, "int8": 128}
-"""Of one instruction: 16 sums of 2 or 4 products each."""
-_NEEDED: Final = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
+_OPERATIONS: Final = 64
+"""Of one instruction: 16 sums of 2 products each."""
+_NEEDED: Final = frozenset({"avx512f", "avx512_bf16"})
 _STEPS: Final = 10_000_000
 
 
-def rate(library: ctypes.CDLL, of: str, threads: int, team: ThreadPoolExecutor) -> float:
+def rate(work: Callable[[int], float], threads: int, team: ThreadPoolExecutor) -> float:
     """Operations a second, all threads at once."""
-    work: Callable[[int], float] = getattr(library, f"peak_{of}")
     seconds = max(team.map(work, [_STEPS] * threads))  # ctypes lets go of the lock meanwhile
-    return threads * _STEPS * _CHAINS * _OPERATIONS[of] / seconds
+    return threads * _STEPS * _CHAINS * _OPERATIONS / seconds
 
 
 def main() -> None:
@@ -39,20 +38,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     args = parser.parse_args()
     library = compiled_library(Path(__file__).with_name("native"), None, needed=_NEEDED)
-    for of in _OPERATIONS:
-        function = getattr(library, f"peak_{of}")
-        function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_double
-    figures: list[Figure] = []
+    work = library.peak_bf16
+    work.argtypes, work.restype = [ctypes.c_int64], ctypes.c_double
     with ThreadPoolExecutor(args.threads) as team:
-        found: dict[str, list[float]] = {of: [] for of in _OPERATIONS}
-        for _ in range(args.rounds):
-            for of, rates in found.items():
-                rates.append(rate(library, of, args.threads, team))
-    for of, rates in found.items():
-        case = f"{of}, {args.threads} threads"
-        figures.append(figure(case, "peak", "Gop/s", [each / 1e9 for each in rates]))
-        needs = 2 * args.parameters * args.prompt
-        figures.append(figure(case, f"{args.prompt} tokens at least", "ms", [1e3 * needs / each for each in rates]))
+        rates = [rate(work, args.threads, team) for _ in range(args.rounds)]
+    case, needs = f"bf16, {args.threads} threads", 2 * args.parameters * args.prompt
+    figures: list[Figure] = [
+        figure(case, "peak", "Gop/s", [each / 1e9 for each in rates]),
+        figure(case, f"{args.prompt} tokens at least", "ms", [1e3 * needs / each for each in rates]),
+    ]
     report("peak", figures)
 
 

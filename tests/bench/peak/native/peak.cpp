@@ -29,19 +29,3 @@ extern "C" double peak_bf16(int64_t steps) {
     for (auto& sum : sums) asm volatile("" ::"v"(sum));
     return seconds;
 }
-
-// Seconds for `steps` x 16 products of 16 x 4 bytes each: 128 operations a product.
-__attribute__((target("avx512vnni"))) extern "C" double peak_int8(int64_t steps) {
-    __m512i sums[kChains];
-    for (auto& sum : sums) sum = _mm512_setzero_si512();
-    __m512i left = _mm512_set1_epi8(1), right = left;
-    const auto begun = std::chrono::steady_clock::now();
-    for (int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 16
-        for (int chain = 0; chain < kChains; ++chain) sums[chain] = _mm512_dpbusd_epi32(sums[chain], left, right);
-        asm volatile("" : "+v"(left));
-    }
-    const double seconds = seconds_since(begun);
-    for (auto& sum : sums) asm volatile("" ::"v"(sum));
-    return seconds;
-}
