@@ -271,6 +271,12 @@ class AutoscalePoolSection(Section):
     most: Count = 0
     """So many at most; 0 has no limit of its own."""
 
+    @model_validator(mode="after")
+    def _bounds(self) -> AutoscalePoolSection:
+        if 0 < self.most < self.least:
+            raise ValueError(f"most = {self.most} is below least = {self.least}: raise it, or leave it 0")
+        return self
+
 
 class AutoscaleSection(Section):
     """Roles and numbers of workers that follow the load; mixed workers are left alone."""
@@ -305,6 +311,16 @@ class AutoscaleSection(Section):
     """Of both roles together; 0 is as many as the cluster starts with."""
     prefill: AutoscalePoolSection = AutoscalePoolSection()
     decode: AutoscalePoolSection = AutoscalePoolSection()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AutoscaleSection:
+        if self.calm >= self.busy:
+            raise ValueError(f"calm = {self.calm:g} has to be below busy = {self.busy:g}: workers would come and go")
+        return self
+
+    def workers(self, begins: int) -> tuple[int, int]:
+        """The fewest and the most, of both roles, in a cluster that starts with so many."""
+        return self.least or begins, self.most or begins
 
 
 class Cluster(Section):
@@ -363,6 +379,8 @@ class Config(Section):
             )
         for problem in _ports_problems(self.front):
             raise ValueError(problem)
+        if self.autoscale.enabled and (problem := _bounds_problem(self.autoscale, pools)):
+            raise ValueError(problem)
         if self.autoscale.enabled and (growing := pools.growing):
             raise ValueError(
                 f"autoscale.enabled and pools.{growing[0]}.max_workers both say how many workers there are: set "
@@ -384,6 +402,21 @@ class Config(Section):
     def origin(self, key: str) -> str:
         """Where the value of a dotted key came from: a file, a variable, a flag or `default`."""
         return self._origins.get(key, "default")
+
+
+def _bounds_problem(told: AutoscaleSection, pools: Pools) -> str:
+    """Of bounds that no number of workers keeps."""
+    begins = pools.prefill.workers + pools.decode.workers
+    least, most = told.workers(begins)
+    of_most = f"autoscale.most = {most}" if told.most else f"{most}, which is what the cluster starts with"
+    if least > most:
+        return f"autoscale.least = {least} is above {of_most}: set autoscale.most to {least} or more"
+    if (wanted := told.prefill.least + told.decode.least) > most:
+        return (
+            f"autoscale.prefill.least + autoscale.decode.least = {wanted} is above {of_most}: set autoscale.most to "
+            f"{wanted} or more"
+        )
+    return ""
 
 
 def _ports_problems(front: Front) -> Iterator[str]:

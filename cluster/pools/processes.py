@@ -155,12 +155,12 @@ def _autoscale_policy(config: Config) -> AutoscalePolicy | None:
     told = config.autoscale
     if not told.enabled:
         return None
-    begins = config.pools.prefill.workers + config.pools.decode.workers
+    least, most = told.workers(config.pools.prefill.workers + config.pools.decode.workers)
     return AutoscalePolicy(
         **told.model_dump(exclude={"enabled", "least", "most", "prefill", "decode"}),
         prefill=Bounds(least=told.prefill.least, most=told.prefill.most or inf),
         decode=Bounds(least=told.decode.least, most=told.decode.most or inf),
-        workers=Bounds(least=told.least or begins, most=told.most or begins),
+        workers=Bounds(least=least, most=most),
     )
 
 

@@ -274,3 +274,25 @@ def test_a_clusters_name_is_one_word(name: str) -> None:
 def test_an_autoscaler_needs_a_measure_for_prompts() -> None:
     [problem] = problems(None, ("autoscale.enabled", True), ("admission.ttft_seconds", 0))
     assert "admission.ttft_seconds above 0" in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([("least", 5), ("most", 4)], "autoscale.least = 5 is above autoscale.most = 4: set autoscale.most to 5"),
+        ([("least", 3)], "autoscale.least = 3 is above 2, which is what the cluster starts with"),
+        ([("most", 1)], "autoscale.least = 2 is above autoscale.most = 1"),
+        ([("prefill.least", 3), ("most", 3)], "autoscale.decode.least = 4 is above autoscale.most = 3"),
+        ([("decode.least", 3), ("decode.most", 2)], "most = 2 is below least = 3"),
+        ([("calm", 0.9)], "calm = 0.9 has to be below busy = 0.85"),
+    ],
+)
+def test_an_autoscalers_bounds_can_be_kept(settings: list[tuple[str, float]], told: str) -> None:
+    [problem] = problems(None, ("autoscale.enabled", True), *((f"autoscale.{key}", value) for key, value in settings))
+    assert told in problem
+
+
+def test_an_autoscaler_that_can_keep_its_bounds_is_taken() -> None:
+    bounds = ("prefill.least", 2), ("decode.most", 6), ("least", 3), ("most", 8)
+    config = load(None, {}, said(("autoscale.enabled", True), *((f"autoscale.{key}", value) for key, value in bounds)))
+    assert config.autoscale.workers(2) == (3, 8)
