@@ -26,8 +26,8 @@ from tests.k8s.pod_network import Network, run
 WAIT_SECONDS = 120
 PORT = 6379
 NOBODY = "02:00:00:00:00:fe"
-HEALTH = {"initial_delay_ms": "2000", "period_ms": "500", "timeout_ms": "1000", "failure_threshold": "3"}
-"""As in k8s/base."""
+HEALTH = {"initial_delay_ms": "2000", "period_ms": "500", "timeout_ms": "1000"}
+"""As in k8s/base, where a node is given up after three failures."""
 
 
 def until(true: Callable[[], bool], told: Callable[[], str]) -> None:
@@ -40,7 +40,8 @@ def until(true: Callable[[], bool], told: Callable[[], str]) -> None:
 class Lan:
     """The head is a node without workers. Nodes start one at a time: they choose names by what is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, health_failures: int = 3) -> None:
+        self._health = {**HEALTH, "failure_threshold": str(health_failures)}
         self.mark = uuid.uuid4().hex
         self._network = Network()
         self._folder = tempfile.TemporaryDirectory(prefix="lan-", ignore_cleanup_errors=True)
@@ -69,7 +70,7 @@ class Lan:
     # ---- processes ------------------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
-        ray = {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
+        ray = {f"RAY_health_check_{name}": value for name, value in self._health.items()}
         auth = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,

@@ -71,9 +71,8 @@ class Stream:
 
 def test_a_fifth_of_it_at_most_is_computed_again(three: Cluster) -> None:
     dice, struck = random.Random(3), Event()
-    client = Client(three.grpc, timeout_seconds=WAIT_SECONDS)
-    streams = [Stream(client, dice.choices(range(1000, 40_000), k=PROMPT), struck) for _ in range(STREAMS)]
-    with ThreadPoolExecutor(STREAMS) as threads:
+    with Client(three.grpc, timeout_seconds=WAIT_SECONDS) as client, ThreadPoolExecutor(STREAMS) as threads:
+        streams = [Stream(client, dice.choices(range(1000, 40_000), k=PROMPT), struck) for _ in range(STREAMS)]
         running = [threads.submit(stream.read) for stream in streams]
         while min(stream.heard for stream in streams) < BEFORE:
             over = [each.exception() for each in running if each.done()]
@@ -100,5 +99,4 @@ def test_a_fifth_of_it_at_most_is_computed_again(three: Cluster) -> None:
     )
     assert lost >= STREAMS // 4
     assert 0 < again <= everything / 5
-    client.close()
     three.at_rest()
