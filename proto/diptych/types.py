@@ -27,6 +27,7 @@ mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
 WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4", "fp8"]
+Activations: TypeAlias = Literal["bf16", "int8", "auto"]
 GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
 """auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
@@ -596,6 +597,7 @@ class WorkerSpec:
     cache: str
     """Folder for converted weights; empty for none."""
     weights: WeightFormat = "auto"
+    activations: Activations = "bf16"
     kernels: GpuKernels = "auto"
     cuda_graphs: bool = True
     eviction: Eviction = "lru"
