@@ -121,7 +121,7 @@ def _kept(library: ctypes.CDLL, packed: PackedWeights, kept: Path | None) -> Pac
         return measured(library, _first_layer(packed))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with kept.with_suffix(".lock").open("w") as lock:
+        with (kept.parent / "pace.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # workers start together: one measures, the others read
             if found := _read(kept):
                 return found
