@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import IO, Final, NamedTuple
 
 import torch
 
@@ -33,6 +33,9 @@ _LEAST_WORK: Final = 1e8
 _ROUNDS: Final = 4
 _SECONDS: Final = 0.4
 """No round begins later."""
+_PATIENCE_SECONDS: Final = 10 * _SECONDS
+"""With another worker that measures."""
+_LOOK_SECONDS: Final = 0.02
 _WORTH_IT: Final = 1.1
 """How much faster many rows must be."""
 _AT_LEAST: Final = 0.95
@@ -122,7 +125,7 @@ def _kept(library: ctypes.CDLL, packed: PackedWeights, kept: Path | None) -> Pac
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with (kept.parent / "pace.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # workers start together: one measures, the others read
+            _wait_for(lock, kept)  # workers start together: one measures, the others read
             if found := _read(kept):
                 return found
             pace = measured(library, _first_layer(packed))
@@ -132,6 +135,15 @@ def _kept(library: ctypes.CDLL, packed: PackedWeights, kept: Path | None) -> Pac
             return pace
     except OSError:
         return measured(library, _first_layer(packed))
+
+
+def _wait_for(lock: IO[str], kept: Path) -> None:
+    """Until it is ours or `kept` is there, at most for some seconds: who holds it may be frozen."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < end and not kept.exists():
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_LOOK_SECONDS)
 
 
 def _read(kept: Path) -> Pace | None:
