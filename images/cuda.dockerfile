@@ -20,8 +20,9 @@ RUN /opt/diptych/bin/pip install --no-cache-dir --constraint /tmp/constraints-cu
 FROM ${BASE}
 LABEL org.opencontainers.image.title="diptych" \
       org.opencontainers.image.description="A disaggregated LLM serving cluster, CUDA"
-# Triton compiles a launcher with the machine's compiler when it first runs. adapters' libraries are for RDMA.
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev libibverbs1 ibverbs-providers librdmacm1 && rm -rf /var/lib/apt/lists/*
+# Triton compiles a launcher with the machine's compiler when it first runs, and the scheduler what prices placements.
+# The adapters' libraries are for RDMA.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc g++ libc6-dev libibverbs1 ibverbs-providers librdmacm1 && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 1000 diptych && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp diptych
 COPY --from=packages /opt/diptych /opt/diptych
 ENV PATH=/opt/diptych/bin:$PATH \

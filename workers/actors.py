@@ -168,6 +168,11 @@ class WorkerActor:
         await asyncio.Event().wait()
 
     @_control
+    async def pid(self) -> int:
+        """At any time, while it loads its model too: who doesn't answer is frozen, or has not been let run for long."""
+        return os.getpid()
+
+    @_control
     async def silent_seconds(self) -> float:
         """How long the engine has not come round while it had work."""
         return self._it.silent_seconds()

@@ -89,6 +89,11 @@ def autoscale_lines(cluster: GetStatusResponse) -> list[str]:
     return [line, *([told.words] if told.words else [])]
 
 
+def away_lines(cluster: GetStatusResponse) -> list[str]:
+    """Who should be there and isn't; none where nobody is away."""
+    return [f"{worker.id} is away · {worker.why}" for worker in cluster.away]
+
+
 def _status_row(worker: WorkerStatus) -> list[str]:
     load, counters = worker.load, worker.counters
     numbers = (

@@ -42,7 +42,7 @@ def doctor(effective: Config, *, as_json: bool) -> None:
 
     findings = [
         *check_machine(effective, os.environ, cache_folder()),
-        *check_software(effective, os.environ, Path.home()),
+        *check_software(effective, os.environ, Path.home(), cache_folder()),
     ]
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))

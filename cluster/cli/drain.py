@@ -11,7 +11,7 @@ from diptych.client import Client
 @click.command(short_help="Take a worker out of service, losing no request.", epilog=EXIT_CODES)
 @click.argument("worker", required=False)
 @click.option("--node", metavar="NODE", help="All workers of a Ray node (address or id).")
-@click.option("--replace", is_flag=True, help="Start its successor when it has ended.")
+@click.option("--replace", is_flag=True, help="A successor takes its place; a front's or the scheduler's comes first.")
 @takes_grpc
 def drain(worker: str | None, node: str | None, replace: bool, target: str) -> None:
     """Give WORKER no new work, let its answers go on elsewhere with their KV, and end it.

@@ -69,7 +69,7 @@ def simulate(
     plot_folder: Path | None,
 ) -> None:
     """Serve TRACE by virtual workers once for each policy, and compare. TRACE is
-    Mooncake or Bailian JSONL, Azure or BurstGPT CSV, or single-turn:N.
+    Mooncake or Bailian JSONL, Azure or BurstGPT CSV, single-turn:N or flip:N.
 
     \b
     Example:

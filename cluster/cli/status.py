@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.cli.by_name import status_of_name, takes_name
 from cluster.cli.calling import EXIT_CODES, exit_codes, takes_grpc
-from cluster.cli.cluster_view import autoscale_lines, status_table, summary
+from cluster.cli.cluster_view import autoscale_lines, away_lines, status_table, summary
 from diptych.client import Client
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def status(target: str, name: str | None, as_json: bool) -> None:
     console.print(
         status_table(cluster, console),
         summary(cluster),
+        *away_lines(cluster),
         *autoscale_lines(cluster),
         sep="\n",
         highlight=False,

@@ -362,6 +362,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _agree(self) -> Config:
         pools = self.pools
+        if self.autoscale.enabled and not self.admission.ttft_seconds:
+            raise ValueError("autoscale.enabled needs admission.ttft_seconds above 0: prompts' load is measured by it")
         if self.placement.how == "remote" and not (pools.prefill.workers and pools.decode.workers):
             raise ValueError(
                 f"placement.how = 'remote' needs prefill and decode workers, not {pools.prefill.workers} and "

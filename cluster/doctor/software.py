@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import TypedDict
 from cluster.config import Config
 from cluster.doctor.finding import Finding, ok, problem, warning
 from cluster.ray_address import RayUnusable, check_version, ray_address
+from diptych.compiling import reason_against
 
 OUR_NAMES = ("cluster", "workers", "kernels", "diptych")
 TORCH_SECONDS = 120.0
@@ -31,12 +33,13 @@ print(json.dumps({
 """
 
 
-def check_software(config: Config, environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
+def check_software(config: Config, environ: Mapping[str, str], home: Path, cache: Path) -> Iterator[Finding]:
     """Ray, names, torch."""
     yield check_ray_version()
     yield check_ray_address(environ)
     yield from check_ray_token(environ, home)
     yield from check_names()
+    yield check_compiler(cache)
     yield from check_torch(config)
 
 
@@ -112,6 +115,18 @@ def _home(name: str) -> Path | None:
     """The folder that holds the package that an import would find."""
     spec = find_spec(name)
     return Path(spec.origin).parents[1] if spec is not None and spec.origin else None
+
+
+def check_compiler(cache: Path) -> Finding:
+    """Kernels and prices are in C++ where that compiles; without it all works, slower."""
+    about, slower = "C++", "workers compute in torch on a CPU, and the scheduler prices in numpy: both are slower"
+    if reason := reason_against():
+        return warning(about, reason, f"until then {slower}")
+    nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        mend = "each process compiles for itself, seconds at each start: set DIPTYCH_CACHE to a folder of your own"
+        return warning(about, f"{cache} can't be written", mend)
+    return ok(about, f"compiled once, into {cache}")
 
 
 def check_torch(config: Config) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from cluster.front.wanted import Wanted
 from diptych.errors import InvalidRequest
 from diptych.v1.admin_pb2 import (
     AutoscaleStatus,
+    AwayWorker,
     GetStatusResponse,
     KvLayout,
     QueueStatus,
@@ -161,6 +162,7 @@ def status_of(status: types.ClusterStatus, *, ready: bool) -> GetStatusResponse:
         index_blocks=status.index_blocks,
         queues=[_queue_of(queue) for queue in status.queues],
         autoscale=None if status.autoscale is None else _autoscale_of(status.autoscale),
+        away=[AwayWorker(id=worker, why=why) for worker, why in status.away],
     )
 
 

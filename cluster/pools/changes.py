@@ -6,6 +6,7 @@ Decides what may be done and in which order; the processes are its pools' to mak
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -14,18 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol, assert_never
 from cluster.pools.members import free_numbers
 from cluster.pools.served import unserved
 from cluster.pools.vacating import Vacating
-from diptych.errors import InvalidRequest, ServingError
+from diptych.errors import Internal, InvalidRequest, ServingError, WorkerLost
 from diptych.types import Changed, DrainNode, DrainWorker, Operation, Role, ScalePool, SetWorkerRole, WorkerId
 from workers.actors import answer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from cluster.config import Config
     from cluster.pools.growth import Growth
     from cluster.pools.nodes import Node
     from cluster.pools.parts import WorkerPart
     from cluster.pools.room import Room
+
+_log = logging.getLogger(__name__)
 
 
 class House(Protocol):
@@ -41,8 +44,8 @@ class House(Protocol):
         """Start it, introduce it, watch it. Raises what it raised; then nothing of it is left."""
         ...
 
-    async def retire(self, part: WorkerPart) -> None:
-        """Nobody places on it or knows it any more, and its process has ended."""
+    async def retire(self, part: WorkerPart, *, returns: bool = False) -> None:
+        """Nobody places on it or knows it any more, and its process has ended. Who `returns` keeps its name."""
         ...
 
     async def renew(self, part: WorkerPart) -> None:
@@ -55,6 +58,15 @@ class House(Protocol):
 
     def bring(self, part: WorkerPart) -> None:
         """As `add`, in its own time: it may wait for room. With a node of its own it doesn't wait."""
+        ...
+
+    def dismiss(self, part: WorkerPart) -> None:
+        """It was brought, has no process yet, and is not wanted any more."""
+        ...
+
+    @property
+    def names(self) -> Container[WorkerId]:
+        """Of who is there, on the way, or about to return: nobody else may have them."""
         ...
 
     async def arrival(self) -> None:
@@ -75,8 +87,12 @@ class House(Protocol):
         """Nodes where nothing starts any more."""
         ...
 
-    def avoid(self, node: str) -> None:
-        """From now on."""
+    def avoid(self, node: str, alive: Iterable[str]) -> None:
+        """From now on; `alive` are all nodes there are."""
+        ...
+
+    def welcome(self, node: str) -> None:
+        """It isn't avoided any more."""
         ...
 
     async def reintroduce(self) -> None:
@@ -120,21 +136,34 @@ class Changes:
     async def perform(self, operation: Operation) -> Changed:
         """Raises ServingError, and says then what there is."""
         began = time.monotonic()
-        node = await self._vacating.prepare(operation.node) if isinstance(operation, DrainNode) else None
-        async with self._one_at_a_time:
-            match operation:
-                case DrainNode():
-                    assert node, "it is prepared"
-                    changed = await self._drain_node(node, began + self._config.cluster.drain_seconds)
-                case DrainWorker():
-                    changed = await self._drain(operation)
-                case SetWorkerRole():
-                    changed = await self._set_role(operation)
-                case ScalePool():
-                    changed = await self._scale(operation)
-                case _:
-                    assert_never(operation)
+        try:
+            if isinstance(operation, DrainNode):
+                changed = await self._vacate(operation, began + self._config.cluster.drain_seconds)
+            else:
+                async with self._one_at_a_time:
+                    changed = await self._change(operation)
+        except (ServingError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # whoever asked would wait for its answer until nobody answers any more
+            _log.exception("%s was not done", operation)
+            raise Internal(f"{operation}: {error!r}") from error
         return replace(changed, seconds=time.monotonic() - began)
+
+    async def _change(self, operation: DrainWorker | SetWorkerRole | ScalePool) -> Changed:
+        match operation:
+            case DrainWorker():
+                return await self._drain(operation)
+            case SetWorkerRole():
+                return await self._set_role(operation)
+            case ScalePool():
+                return await self._scale(operation)
+            case _:
+                assert_never(operation)
+
+    async def _vacate(self, wanted: DrainNode, deadline: float) -> Changed:
+        """`deadline` is monotonic seconds."""
+        async with self._vacating.node(wanted.node) as node, self._one_at_a_time:
+            return await self._drain_node(node, deadline)
 
     # ---- listening ----------------------------------------------------------------------------------------
 
@@ -168,7 +197,7 @@ class Changes:
             self._check_served(_roles(self._others(part)), f"without {part.spec.id}")
             self._growth.hold(part.spec.role)
         moved = await self._empty(part, self._config.cluster.drain_seconds)
-        await self._house.retire(part)
+        await self._house.retire(part, returns=wanted.replace)
         if wanted.replace:
             await self._house.renew(part)
         return Changed(seconds=0, moved=moved, ended=(part.spec.id,), started=(part.spec.id,) if wanted.replace else ())
@@ -185,10 +214,10 @@ class Changes:
             return Changed(seconds=0, moved=sum(moved), ended=ended)
         named = ", ".join(part.spec.id for part in staying)
         why = self._vacating.lacking_without(staying)
+        gone = f" {', '.join(ended)} could go, and ended." if ended else ""
         raise InvalidRequest(
-            f"without {named} {why}: no successor was up in time. It is asked for and comes when a node has room "
-            f"(`diptych scale` asks for more); what "
-            f"{named} serves when the node goes is taken up then",
+            f"without {named} {why}: no successor was up in time, so {node.address} stays in use.{gone} Add a node "
+            f"with room and drain again; if this one goes all the same, {named} comes back where there is room",
             param="node",
         )
 
@@ -218,23 +247,31 @@ class Changes:
         )
         part.spec, part.info = replace(part.spec, role=wanted.role), replace(part.info, role=wanted.role)
         call = self._house.scheduler.set_role.remote(part.spec.id, part.spec.epoch, wanted.role)
-        await answer(call, "the scheduler")
+        with suppress(WorkerLost):  # its successor hears of the role when the worker joins
+            await answer(call, "the scheduler")
         await self._house.reintroduce()
         return Changed(seconds=0)
 
     async def _scale(self, wanted: ScalePool) -> Changed:
         pool = [part for part in self._house.workers.values() if part.spec.role == wanted.role and not part.lost]
-        leaving = sorted(pool, key=lambda part: _number(part.spec.id))[wanted.workers :]
-        kept = {who: part for who, part in self._house.workers.items() if part not in leaving and not part.lost}
-        if leaving:
+        # Who is up stays before who is not: it may be all there is.
+        leaving = sorted(pool, key=lambda part: (part.info is None, _number(part.spec.id)))[wanted.workers :]
+        kept = {
+            who: part
+            for who, part in self._house.workers.items()
+            if part not in leaving and part.info and not part.retiring
+        }
+        if any(part.info for part in leaving):
             self._check_served(_roles(kept), f"with {wanted.workers} {wanted.role} workers")
         self._growth.hold(wanted.role)
         for part in reversed(leaving):
             await self._empty(part, self._config.cluster.drain_seconds)
             await self._house.retire(part)
-        numbers = free_numbers(wanted.role, self._house.workers, max(0, wanted.workers - len(pool)))
+        numbers = free_numbers(wanted.role, self._house.names, max(0, wanted.workers - len(pool)))
         new = [self._house.part(wanted.role, number) for number in numbers]
-        await asyncio.gather(*map(self._house.add, new))
+        results = await asyncio.gather(*map(self._house.add, new), return_exceptions=True)
+        if failed := next(filter(None, results), None):
+            raise failed
         return Changed(
             seconds=0, started=tuple(part.spec.id for part in new), ended=tuple(part.spec.id for part in leaving)
         )

@@ -123,7 +123,7 @@ class Growth:
         welcome = [node for node in nodes if self._is_welcome(node.id)]
         if chosen := next_worker([*filter(None, map(self._pool, sorted(self._growing)))], welcome, self._used()):
             role, node = chosen
-            [number] = free_numbers(role, self._house.workers, 1)
+            [number] = free_numbers(role, self._house.names, 1)
             self._house.bring(self._house.part(role, number, node.id))
 
     def _is_welcome(self, node: str) -> bool:

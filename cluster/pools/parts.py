@@ -25,6 +25,19 @@ class WorkerPart:
     """Its node is to go, and it has a successor if its pool needs one."""
     node: str = ""
     """Ray's id of the only node where it may start; empty for any."""
+    placed: bool = False
+    """Ray has given its handle a process."""
+    lacks: str = ""
+    """What there is no room for, in words; empty when it doesn't wait, or not for long."""
+    refusals: int = 0
+    """How often in a row Ray had no room for it in time."""
+
+    @property
+    def absence(self) -> str:
+        """Why it isn't there, in words, if that lasts; of one that may only be on one node nobody has to know."""
+        if self.lost:
+            return f"died {self.deaths} and is not replaced"
+        return "" if self.info or self.node else self.lacks
 
     @property
     def where(self) -> str:

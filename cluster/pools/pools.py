@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,8 @@ from cluster.pools.parts import FrontPart, WorkerPart
 from cluster.pools.processes import Processes
 from cluster.pools.rescaling import rescale
 from cluster.pools.room import QUIET_SECONDS, NoRoom, Room, wait_room
-from cluster.pools.watch import Deaths, end, pulse_of, silence_of, wait_end
-from diptych.errors import Internal, InvalidRequest, ServingError
+from cluster.pools.watch import Deaths, end, progress_of, pulse_of, silence_of, wait_end, wait_start
+from diptych.errors import Internal, InvalidRequest, ServingError, WorkerLost
 from diptych.types import ClusterStatus, Role, WorkerId, WorkerInfo, WorkerSpec
 from workers.actors import answer
 
@@ -60,6 +61,9 @@ class Pools:
         self._changes = Changes(config, self, self._growth)
         self._arrived = asyncio.Event()
         """Set when a worker is up; then there is another."""
+        self._returning: set[WorkerId] = set()
+        """Names of who is made again, and is nobody meanwhile."""
+        self._told_away: dict[WorkerId, str] = {}
         self._epochs: dict[WorkerId, int] = {}
         """The next of each name that is free again: what a lost process still says must not pass for its heir's."""
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -74,11 +78,12 @@ class Pools:
         self._fronts = [FrontPart(number, http, grpc, self._deaths()) for number, (http, grpc) in enumerate(addresses)]
         self._workers = {spec.id: self._part(spec) for spec in specs}
         self._say_loading()
+        seconds = _START_SECONDS + (self._config.cluster.room_seconds if self._site.joined else 0.0)
         try:
-            ports = await asyncio.wait_for(self._start_all(), _START_SECONDS)
+            ports = await asyncio.wait_for(self._start_all(), seconds)
         except TimeoutError:
             missing = ", ".join(who for who, worker in self._workers.items() if not worker.info) or "a front"
-            raise Internal(f"{missing} did not come up within {_START_SECONDS:g} s") from None
+            raise Internal(f"{missing} did not come up within {seconds:g} s") from None
         self._watch(self._keep_scheduler())
         for worker in self._workers.values():
             self._watch(self._keep_worker(worker))
@@ -139,6 +144,7 @@ class Pools:
     def _forget(self, part: WorkerPart) -> None:
         if self._workers.get(part.spec.id) is part:
             del self._workers[part.spec.id]
+        self._tell_away()
         self._epochs[part.spec.id] = max(self._epochs.get(part.spec.id, 0), part.spec.epoch + 1)
 
     def room(self, role: Role) -> Room:
@@ -152,8 +158,15 @@ class Pools:
     def avoided(self) -> frozenset[str]:
         return self._make.avoided
 
-    def avoid(self, node: str) -> None:
-        self._make.avoid(node)
+    def avoid(self, node: str, alive: Iterable[str]) -> None:
+        self._make.avoid(node, alive)
+
+    def welcome(self, node: str) -> None:
+        self._make.welcome(node)
+
+    @property
+    def names(self) -> Container[WorkerId]:
+        return self._workers.keys() | self._returning
 
     async def arrival(self) -> None:
         await self._arrived.wait()
@@ -163,27 +176,30 @@ class Pools:
         self._watch(self._bring(part))
 
     async def _bring(self, part: WorkerPart) -> None:
-        if not await self._try_begin(part):
-            if part.retiring:
-                return  # it was to go before it came
+        if error := await self._try_begin(part):
             if not self._growth.needs(part):
                 return self._forget(part)
-            await self._replace_worker(part)
+            await self._replace_worker(part, error)
         await self._keep_worker(part)
+
+    def dismiss(self, part: WorkerPart) -> None:
+        part.retiring = True
+        self._forget(part)
+        ray.kill(part.handle)  # pyright: ignore[reportUnknownMemberType]
 
     def _deaths(self) -> Deaths:
         return Deaths(self._config.cluster.max_deaths)
 
     async def add(self, part: WorkerPart) -> None:
         self._workers[part.spec.id], part.retiring = part, False
+        self._returning.discard(part.spec.id)
         try:
-            async with asyncio.timeout(_START_SECONDS):
-                await self._begin(part)
+            await self._begin(part)
         except (ServingError, TimeoutError) as error:
             part.info = None
             self._forget(part)
             ray.kill(part.handle)  # pyright: ignore[reportUnknownMemberType]
-            raise Internal(f"{part.spec.id} did not start: {error}") from error
+            raise Internal(f"{part.spec.id} did not start: {error!r}") from error
         self._watch(self._keep_worker(part))
 
     async def renew(self, part: WorkerPart) -> None:
@@ -192,8 +208,10 @@ class Pools:
         part.handle = self._make.worker(part.spec)
         await self.add(part)
 
-    async def retire(self, part: WorkerPart) -> None:
+    async def retire(self, part: WorkerPart, *, returns: bool = False) -> None:
         part.retiring, part.info = True, None
+        if returns:
+            self._returning.add(part.spec.id)
         self._forget(part)
         leave = self._scheduler.leave.remote(part.spec.id, part.spec.epoch)
         await self._bounded(leave, "the scheduler", _CALL_SECONDS)
@@ -244,22 +262,50 @@ class Pools:
 
     async def _begin(self, part: WorkerPart) -> None:
         await self._start_worker(part)
-        await self.reintroduce()
-        await self._join(part)
+        async with asyncio.timeout(_START_SECONDS):
+            await self.reintroduce()
+            self._check_wanted(part)
+            await self._join(part)
         arrived, self._arrived = self._arrived, asyncio.Event()
         arrived.set()
+
+    def _check_wanted(self, part: WorkerPart) -> None:
+        """Raises WorkerLost when it was to go before it came: nobody has to hear of it any more."""
+        if part.retiring:
+            raise WorkerLost(f"{part.spec.id} is not wanted any more")
 
     # ---- workers ------------------------------------------------------------------------------------------
 
     async def _start_worker(self, worker: WorkerPart) -> None:
-        seconds = QUIET_SECONDS if worker.node else self._room_seconds
-        say = self._whisper if worker.node else self._say
-        await wait_room(worker.handle, worker.spec.id, self._make.room(worker.spec), seconds, say)
-        info: WorkerInfo = await answer(worker.handle.start.remote(), worker.spec.id)
+        await self._find_room(worker)
+        async with asyncio.timeout(_START_SECONDS):
+            handle, who = worker.handle, worker.spec.id
+            starting: asyncio.Future[WorkerInfo] = asyncio.ensure_future(answer(handle.start.remote(), who))
+            seen = None if self._site.joined else progress_of
+            info = await wait_start(starting, lambda: answer(handle.pid.remote(), who), self._patience_seconds, seen)
         worker.info = info
         size = info.blocks * info.layout.block_bytes / 2**20
         tokens = info.blocks * info.layout.block_size
         self._say(f"{info.id} is up: {tokens} tokens of KV in {size:.0f} MiB ({info.layout.dtype}); {info.computes}")
+
+    async def _find_room(self, worker: WorkerPart) -> None:
+        """Raises NoRoom."""
+
+        def say(line: str) -> None:
+            worker.lacks = line.removeprefix(f"{worker.spec.id} ")
+            self._tell_away()
+            (self._whisper if worker.node else self._say)(line)
+
+        worker.placed = False
+        seconds = QUIET_SECONDS if worker.node else self._room_seconds
+        try:
+            await wait_room(worker.handle, worker.spec.id, self._make.room(worker.spec), seconds, say)
+        except NoRoom as error:
+            worker.lacks, worker.refusals = str(error), worker.refusals + 1
+            self._tell_away()
+            raise
+        worker.placed, worker.lacks, worker.refusals = True, "", 0
+        self._tell_away()
 
     async def _start_first(self, worker: WorkerPart) -> None:
         await self._start_worker(worker)
@@ -292,32 +338,43 @@ class Pools:
             if not self._growth.needs(worker):
                 self._growth.died(where)
                 return self._forget(worker)
-            await self._replace_worker(worker)
+            await self._replace_worker(worker, WorkerLost(how))
 
-    async def _replace_worker(self, worker: WorkerPart) -> None:
-        while worker.info is None and not worker.retiring:
-            worker.deaths.add(time.monotonic())
+    async def _replace_worker(self, worker: WorkerPart, error: Exception | None) -> None:
+        """`error` is why it isn't there. Waiting for room is no death: it goes on while others serve."""
+        while error is not None and not worker.retiring:
+            if isinstance(error, NoRoom):
+                self._check_hope(worker, error)
+            else:
+                worker.deaths.add(time.monotonic())
             if worker.deaths.too_many:
                 worker.lost = True
                 return self._give_up(worker.spec.id, worker.deaths)
             worker.spec, worker.node = replace(worker.spec, epoch=worker.spec.epoch + 1), ""
             worker.leaving = False  # it comes back elsewhere
             worker.handle = self._make.worker(worker.spec)
-            await self._try_begin(worker)
+            error = await self._try_begin(worker)
 
-    async def _try_begin(self, worker: WorkerPart) -> bool:
+    def _check_hope(self, worker: WorkerPart, error: NoRoom) -> None:
+        """Where nobody decodes, room is waited for as often as deaths are made good, and no longer."""
+        serving = any(part.info and part.spec.role != "prefill" for part in self._workers.values())
+        if worker.refusals > self._config.cluster.max_deaths and not serving and worker.spec.role != "prefill":
+            self._break(f"no worker that decodes is left: {error}")
+
+    async def _try_begin(self, worker: WorkerPart) -> Exception | None:
+        """What went wrong; then nothing of it is left."""
         try:
-            async with asyncio.timeout(_START_SECONDS):
-                await self._begin(worker)
+            await self._begin(worker)
         except (ServingError, TimeoutError) as error:
             worker.info = None
             ray.kill(worker.handle)  # pyright: ignore[reportUnknownMemberType]
             if worker.node:
                 full = isinstance(error, NoRoom)
                 (self._growth.refused if full else self._growth.died)(worker.node)
-            self._say(f"{worker.spec.id} did not start: {error!r}", "debug" if worker.node else "warning")
-            return False
-        return True
+            if not worker.retiring:
+                self._say(f"{worker.spec.id} did not start: {error!r}", "debug" if worker.node else "warning")
+            return error
+        return None
 
     def _whisper(self, line: str | Step) -> None:
         """Of what may fail, and is tried again."""
@@ -392,6 +449,8 @@ class Pools:
 
     async def _install_scheduler(self) -> None:
         """It knows all workers before anybody asks it; who waited at the one before asks again."""
+        self._told_away = {}
+        self._tell_away()
         joins = [self._join(worker) for worker in self._workers.values() if worker.info and not worker.retiring]
         await self._all_bounded(joins, "the scheduler", _CALL_SECONDS)
         tells = [front.handle.use_scheduler.remote(self._scheduler) for front in self._fronts if front.prepared]
@@ -419,7 +478,19 @@ class Pools:
         except (ServingError, TimeoutError) as error:
             self._say(f"not everyone heard of the change: {error!r}", "warning")
 
+    def _tell_away(self) -> None:
+        """Whoever asks for the cluster's status hears it from the scheduler."""
+        away = {who: why for who, part in self._workers.items() if (why := part.absence)}
+        if away != self._told_away:
+            self._told_away = away
+            self._watch(self._hear_away(away))
+
+    async def _hear_away(self, away: dict[WorkerId, str]) -> None:
+        with suppress(ServingError):  # its successor is told anew
+            await answer(self._scheduler.away.remote(away), "the scheduler")
+
     def _give_up(self, who: str, deaths: Deaths) -> None:
+        self._tell_away()
         self._say(f"{who} died {deaths} and is not replaced", "error")
         decoding = [worker for worker in self._workers.values() if worker.spec.role != "prefill"]
         for kind, parts in (("worker that decodes", decoding), ("front", self._fronts)):

@@ -7,6 +7,8 @@ may be killed does. Ray never restarts anything; `cluster.pools.pools` does.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -19,7 +21,6 @@ from cluster.config.values import Address
 from cluster.front.actor import FrontActor, FrontSpec
 from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
-from cluster.pools.nodes import living_nodes
 from cluster.pools.numbers import weight_format
 from cluster.pools.room import Room
 from cluster.scheduler.actor import SchedulerActor
@@ -50,9 +51,13 @@ class Processes:
         """Ray's ids of nodes where no worker starts any more."""
         return self._avoided
 
-    def avoid(self, node: str) -> None:
-        """From now on. Those that are dead are forgotten: their ids never come back."""
-        self._avoided = frozenset({node} | {other.id for other in living_nodes() if other.id in self._avoided})
+    def avoid(self, node: str, alive: Iterable[str]) -> None:
+        """From now on. Those that are not `alive` are forgotten: their ids never come back."""
+        self._avoided = self._avoided.intersection(alive) | {node}
+
+    def welcome(self, node: str) -> None:
+        """It stays after all."""
+        self._avoided -= {node}
 
     def worker(self, spec: WorkerSpec, node: str = "") -> Any:  # noqa: ANN401 (handles are untyped)
         """On `node`, or on any with room for it and its pool's labels."""
@@ -62,12 +67,12 @@ class Processes:
             "OMP_WAIT_POLICY": "PASSIVE",
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         }
-        options = actor_options(environment) | self.needs(spec) | {"concurrency_groups": {CONTROL: _MANY_CALLS}}
+        options = actor_options(environment) | self.needs(spec)
         if node:
             options |= here(node)
         elif selector := self.room(spec).selector:
             options |= {"label_selector": selector}
-        return ray.remote(**options)(WorkerActor).remote(spec)  # pyright: ignore
+        return _kind(WorkerActor).options(**options).remote(spec)
 
     def room(self, spec: WorkerSpec) -> Room:
         """What it asks of its node."""
@@ -94,7 +99,7 @@ class Processes:
             autoscale=_autoscale_policy(self._config),
         )
         options = actor_options() | here(self._site.node)
-        return ray.remote(**options)(SchedulerActor).remote(spec)  # pyright: ignore
+        return _kind(SchedulerActor).options(**options).remote(spec)
 
     def front(self, front: FrontId, http: Address, grpc: Address) -> Any:  # noqa: ANN401
         """Where clients reach the cluster."""
@@ -121,7 +126,16 @@ class Processes:
             secret=self._site.secret,
         )
         options = actor_options() | here(self._site.node)
-        return ray.remote(**options)(FrontActor).remote(spec)  # pyright: ignore
+        return _kind(FrontActor).options(**options).remote(spec)
+
+
+@cache
+def _kind(cls: type) -> Any:  # noqa: ANN401
+    """Ray's class of it: one for all its lives. Each one made is kept for ever, in the GCS and, with the signatures of
+    its methods, in every process that hears of one of its actors.
+    """
+    groups = {CONTROL: _MANY_CALLS} if cls is WorkerActor else {}
+    return ray.remote(max_restarts=0, concurrency_groups=groups)(cls)  # pyright: ignore
 
 
 def _admission_policy(admission: AdmissionSection) -> AdmissionPolicy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from diptych.errors import ServingError
+from diptych.errors import ServingError, WorkerLost
 from workers.actors import answer
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ async def rescale(told: AutoscaleSection, house: House, changes: Changes, say: S
         try:
             asked = answer(house.scheduler.rescale.remote(), "the scheduler")
             decision: Decision = await asyncio.wait_for(asked, _ANSWER_SECONDS)
-        except (ServingError, TimeoutError):
+        except (WorkerLost, TimeoutError):
+            continue
+        except ServingError as error:
+            say(f"the autoscaler could not decide: {error}", "warning")
             continue
         if decision.operations:
             say(f"autoscaler{' (dry run)' if told.dry_run else ''}: {decision.words}")

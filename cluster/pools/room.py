@@ -51,17 +51,18 @@ async def wait_room(
     say: Callable[[str], None],
 ) -> None:
     """Until the process runs. Raises NoRoom after `seconds`."""
-    if too_large := _too_large(room):
+    if too_large := await asyncio.to_thread(_too_large, room):
         say(f"{who} waits for a node to be added: {too_large}")
     ready = asyncio.ensure_future(answer(handle.__ray_ready__.remote(), who))
     try:
         await asyncio.wait({ready}, timeout=min(QUIET_SECONDS, seconds))
         if not ready.done() and not too_large:
-            say(f"{who} waits for room: {_state(room)}")
+            say(f"{who} waits for room: {await asyncio.to_thread(_state, room)}")
         await asyncio.wait_for(ready, max(0.0, seconds - QUIET_SECONDS))
     except TimeoutError:
+        why = await asyncio.to_thread(lambda: _too_large(room) or _state(room))
         raise NoRoom(
-            f"Ray had no room for {who} within {seconds:g} s: {_too_large(room) or _state(room)}. Add nodes, start "
+            f"Ray had no room for {who} within {seconds:g} s: {why}. Add nodes, start "
             "fewer workers, set engine.threads lower, or raise cluster.room_seconds for an autoscaler"
         ) from None
 

@@ -7,7 +7,8 @@ that nobody could do without are held for most of that time, until somebody else
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections import Counter
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from cluster.pools.members import free_numbers
@@ -16,7 +17,7 @@ from cluster.pools.served import unserved
 from diptych.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncGenerator, Iterable
 
     from cluster.config import Config
     from cluster.pools.changes import House
@@ -34,21 +35,52 @@ class Vacating:
         self._config = config
         self._house = house
         self._growth = growth
+        self._heirs: dict[WorkerPart, WorkerPart] = {}
+        """Who was brought for whom."""
+        self._under_way: Counter[str] = Counter()
+        """Drains, by node: a pod's end and an operator may ask for the same."""
 
-    async def prepare(self, name: str) -> Node:
-        """Until its workers can go, or waiting longer would leave no time to drain. Raises InvalidRequest."""
+    @asynccontextmanager
+    async def node(self, name: str) -> AsyncGenerator[Node]:
+        """Entered when its workers can go, or waiting longer would leave no time to drain. Nothing starts there from
+        now on; where the drain raises, it is as before. Raises InvalidRequest.
+        """
         nodes = await asyncio.to_thread(living_nodes)
         node = find_node(name, nodes)
         if len(nodes) == 1:
             raise InvalidRequest(f"{name} is the only node of this Ray: add another first", param="node")
-        self._house.avoid(node.id)
+        self._under_way[node.id] += 1
+        self._house.avoid(node.id, [each.id for each in nodes])
+        try:
+            await self._prepare(node)
+            yield node
+        except BaseException:
+            if self._under_way[node.id] == 1:
+                self._restore(node)
+            raise
+        finally:
+            self._under_way = self._under_way - Counter([node.id])
+            there = set(self._house.workers.values())
+            self._heirs = {part: heir for part, heir in self._heirs.items() if part in there}
+
+    async def _prepare(self, node: Node) -> None:
         self._succeed(node)
         with suppress(TimeoutError):
             async with asyncio.timeout(_STAND_IN_SHARE * self._config.cluster.drain_seconds):
                 while self.lacking_without(self.workers_on(node)):
                     await self._house.arrival()
         self._succeed(node)  # one that was starting may have come up there
-        return node
+
+    def _restore(self, node: Node) -> None:
+        """Who waits for room in vain is not wanted any more; who loads already comes, and then the node can go."""
+        for part in self.workers_on(node):
+            heir = self._heirs.pop(part, None)
+            if heir and (heir.info or heir.placed) and not heir.lost:
+                continue
+            part.leaving = False
+            if heir and not heir.lost:
+                self._house.dismiss(heir)
+        self._house.welcome(node.id)
 
     def workers_on(self, node: Node) -> list[WorkerPart]:
         """That are up, and don't drain yet."""
@@ -78,5 +110,6 @@ class Vacating:
             needed, role = self._growth.needs(part), part.spec.role
             part.leaving = True
             if needed:
-                [number] = free_numbers(role, self._house.workers, 1)
-                self._house.bring(self._house.part(role, number))
+                [number] = free_numbers(role, self._house.names, 1)
+                heir = self._heirs[part] = self._house.part(role, number)
+                self._house.bring(heir)

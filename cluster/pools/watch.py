@@ -6,17 +6,24 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import ray
 
-from diptych.errors import ServingError
+from diptych.errors import ServingError, WorkerLost
 from workers.actors import answer
 
+T = TypeVar("T")
 _FORGOTTEN_SECONDS = 600.0
+_LOOKS = 6
+"""In a row, each of a patience, at which a process that starts neither answered nor moved: then it is frozen."""
+_BLIND_LOOKS = 18
+"""As above, of a process on another machine. A library that is loaded over a network may keep it from answering."""
 
 
 class Deaths:
@@ -70,6 +77,47 @@ async def wait_end(
             suspected = bool(stuck)
     finally:
         dead.cancel()
+
+
+async def wait_start(
+    starting: asyncio.Future[T],
+    pid_of: Callable[[], Awaitable[int]],
+    patience_seconds: float,
+    progress: Callable[[int], object] | None,
+) -> T:
+    """Until it has started. Raises WorkerLost when its process is frozen, and what `starting` raises.
+
+    Loading may take long, and the interpreter's lock may be held all the while: a process that does not answer is
+    given up only when it made no progress either, or, where nobody here can see that, when it is silent for longer.
+    """
+    looks, silent, pid, before = _LOOKS if progress else _BLIND_LOOKS, 0, 0, object()
+    began = time.monotonic()
+    try:
+        while silent < looks:
+            await asyncio.wait({starting}, timeout=patience_seconds / 2)
+            if starting.done():
+                return starting.result()
+            try:
+                pid = await asyncio.wait_for(pid_of(), patience_seconds / 2)
+                silent, began = 0, time.monotonic()
+            except ServingError:
+                continue  # it is dying, and says so in a moment
+            except TimeoutError:
+                now = progress(pid) if progress and pid else before
+                silent, before = (silent + 1 if now == before else 0), now
+    finally:
+        starting.cancel()
+    seconds = time.monotonic() - began
+    raise WorkerLost(f"its process is frozen: while it started, nothing was heard of it for {seconds:.0f} s")
+
+
+def progress_of(pid: int) -> object:
+    """What a process of this machine has computed and read so far: equal to the last only when it did neither."""
+    try:
+        process = psutil.Process(pid)
+        return process.cpu_times()[:2], process.io_counters()
+    except psutil.Error:
+        return None
 
 
 def _kill(handle: Any, pid: int | None) -> None:  # noqa: ANN401

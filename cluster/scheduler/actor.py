@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cluster.scheduler.scheduler import Scheduler, SchedulerSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
     from cluster.scheduler.autoscaler import Decision as Rescaling
     from cluster.scheduler.costs import RequestShape
@@ -42,6 +42,7 @@ class SchedulerActor:
         self._waiting: dict[RequestId, asyncio.Future[Placement | None]] = {}
         self._turn: asyncio.TimerHandle | None = None
         self._decision_cpu_seconds = 0.0
+        self._away: tuple[tuple[WorkerId, str], ...] = ()
 
     async def join(self, info: WorkerInfo) -> None:
         """Raises LayoutMismatch."""
@@ -54,6 +55,10 @@ class SchedulerActor:
     async def drain(self, worker: WorkerId, epoch: int) -> None:
         """It gets nothing new."""
         self._scheduler.drain(worker, epoch)
+
+    async def away(self, workers: Mapping[WorkerId, str]) -> None:
+        """These should be there and are not, and why: for whoever asks how the cluster is."""
+        self._away = tuple(workers.items())
 
     async def set_role(self, worker: WorkerId, epoch: int, role: Role) -> None:
         """What it gets from now on."""
@@ -115,7 +120,7 @@ class SchedulerActor:
     async def status(self) -> ClusterStatus:
         """The cluster as of now."""
         status = self._scheduler.status(time.monotonic())
-        return replace(status, decision_cpu_seconds=self._decision_cpu_seconds)
+        return replace(status, decision_cpu_seconds=self._decision_cpu_seconds, away=self._away)
 
     @contextmanager
     def _deciding(self) -> Generator[None]:

@@ -320,7 +320,7 @@ class VirtualCluster:
         seconds = self._constants.autoscale.interval_seconds
         for wanted in self._policy.rescale(self._clock.now) if self._open else ():
             worker = self._workers[wanted.worker]
-            self._role_changes.append(RoleChange(self._clock.now, worker.id, worker.info.role, wanted.role))
+            self._role_changes.append(RoleChange(self._clock.now, worker.id, wanted.role))
             worker.set_role(wanted.role)
             self._policy.set_role(worker.id, worker.info.epoch, wanted.role)
         if self._open and self._constants.autoscale.enabled:

@@ -36,7 +36,6 @@ class RoleChange:
 
     at: float
     worker: WorkerId
-    before: Role
     role: Role
 
 

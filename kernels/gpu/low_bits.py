@@ -34,7 +34,7 @@ def can_multiply(weight: Tensor) -> bool:
 
 
 def narrow_rows(x: Tensor, bits: Bits, least_rows: int = 0) -> Narrow:
-    """x: [rows, columns]; zeros are added up to `least_rows` rows."""
+    """x: [rows, columns]; zeros are added up to `least_rows` rows. A row that isn't finite has a scale that isn't."""
     rows, columns = x.shape
     assert x.is_contiguous(), "rows lie one after another"
     padded = max(rows, least_rows)
@@ -101,11 +101,15 @@ def _narrow(
     # A row that was added holds nothing to read.
     size = tl.where(row < rows, COLUMNS, 0)
     largest = tl.zeros([TILE], tl.float32)
+    broken = tl.zeros([TILE], tl.int32)
     for first in range(0, COLUMNS, TILE):
         columns = first + tl.arange(0, TILE)
         values = tl.load(x + row * COLUMNS + columns, mask=columns < size, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(values))
+        broken = tl.maximum(broken, (values != values).to(tl.int32))
     scale = tl.max(largest, 0) / LARGEST
+    # A maximum skips NaN, and 8 bits have none: without this it would become a number, and pass for an answer.
+    scale = tl.where(tl.max(broken, 0) > 0, float("nan"), scale)
     # A row of zeros has no scale of its own.
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scales + row, scale)

@@ -96,7 +96,11 @@ def _turn(head_dim: int, device: torch.device) -> Tensor:
 
 
 def _quantise(values: Tensor, wire: Wire) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale for each token of a head: (numbers, scales [count, layers, 2, heads, 16] bf16)."""
+    """Symmetric, one scale for each token of a head: (numbers, scales [count, layers, 2, heads, 16] bf16).
+
+    8 bits have no NaN. A token that isn't finite has a scale that isn't, so that it is none when it is unpacked and its
+    sequence fails, as it would have where it was computed.
+    """
     largest = _LARGEST[wire]
     turned = values @ _turn(values.shape[-1], values.device)
     scales = (turned.abs().amax(dim=-1) / largest).to(torch.bfloat16)

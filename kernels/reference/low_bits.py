@@ -13,7 +13,10 @@ _NUMBERS: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def narrow_rows(x: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """x: [rows, columns] → 8-bit numbers of that shape and scales [rows] fp32; their product is x, nearly."""
+    """x: [rows, columns] → 8-bit numbers of that shape and scales [rows] fp32; their product is x, nearly.
+
+    A row that isn't finite has a scale that isn't: it means nothing, and whoever multiplies by it sees that.
+    """
     scales = x.float().abs().amax(-1) / _LARGEST[bits]
     scales[scales == 0] = 1.0
     scaled = x.float() / scales[:, None]

@@ -8,6 +8,7 @@ from, so a machine compiles once; without a compiler there is none, and Python d
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -18,12 +19,20 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 # gcc 12 takes the intrinsics' own undefined operands for mistakes.
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
 _COMPILERS = ("g++", "clang++", "c++")
 _COMPILE_SECONDS = 300.0
+_SPARE_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
+_NOT_HERE = f"this is {platform.system()} on {platform.machine()}; C++ is compiled on Linux on x86"
+_NO_COMPILER = "there is no C++ compiler: install g++, or `pip install ziglang`, which brings one"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -32,26 +41,34 @@ class NoLibrary(Exception):
 
 
 def compiled_library(sources: Path, folder: Path | None, *, needed: frozenset[str] = frozenset()) -> ctypes.CDLL:
-    """All C++ files of `sources` as one library, from `folder` or compiled into it (None: into a folder that goes
-    with the process's end). `needed`: what the processor must be able to do, as Linux names it.
+    """All C++ files of `sources` as one library, from `folder` or compiled into it. Where that can't be written, and
+    for None, it is compiled for this process alone. `needed`: what the processor must be able to do, as Linux names it.
 
     Raises NoLibrary.
     """
     processor = _processor()
     if not processor:
-        raise NoLibrary(f"this is {platform.system()} on {platform.machine()}; C++ is compiled on Linux on x86")
+        raise NoLibrary(_NOT_HERE)
     if missing := sorted(needed - processor):
         raise NoLibrary(f"this processor lacks {', '.join(missing)}")
     compiler = _compiler()
-    if folder is None:
+    if folder is not None:
+        with suppress(OSError):  # a volume of models is often read-only
+            folder.mkdir(parents=True, exist_ok=True)
+            _take(folder)
+            return _opened(_compiled(sources, compiler, folder, processor))
+    try:
         with tempfile.TemporaryDirectory() as passing:
             return _opened(_compiled(sources, compiler, Path(passing), processor))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _take(folder)
-        return _opened(_compiled(sources, compiler, folder, processor))
     except OSError as error:
-        raise NoLibrary(f"{folder}: {error}") from error
+        raise NoLibrary(f"nothing can be written here: {error}") from error
+
+
+def reason_against() -> str:
+    """Why nothing can be compiled on this machine; empty when it can."""
+    if not _processor():
+        return _NOT_HERE
+    return "" if _compiler() else _NO_COMPILER
 
 
 def _take(folder: Path) -> None:
@@ -101,16 +118,34 @@ def _compiled(sources: Path, compiler: tuple[str, ...], folder: Path, processor:
     if _is_ours(made):
         return made
     if not compiler:
-        raise NoLibrary("there is no C++ compiler: install g++, or `pip install ziglang`, which brings one")
+        raise NoLibrary(_NO_COMPILER)
     with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes start together: one compiles, the others wait
+        # Processes start together: one compiles, the others wait. One that is frozen meanwhile holds up nobody for
+        # ever: then each compiles for itself, and what is there last is as good as the first.
+        _lock(lock, made, _COMPILE_SECONDS + _SPARE_SECONDS)
         if not _is_ours(made):
             _compile(compiler, [str(file) for file in files if file.suffix == ".cpp"], made)
     return made
 
 
+def _lock(lock: IO[str], made: Path, seconds: float) -> None:
+    """Until it is ours, `made` is there, or so long. It goes when the file is closed."""
+    end = time.monotonic() + seconds
+    while not _is_ours(made):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a file system without locks
+        else:
+            return
+        if time.monotonic() >= end:
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
 def _compile(compiler: tuple[str, ...], files: list[str], made: Path) -> None:
-    part = made.with_suffix(f".{os.getpid()}.part")
+    part = made.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
     command = [*compiler, *_FLAGS, *files, "-o", str(part)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)

@@ -27,9 +27,11 @@ mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
 WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4", "fp8"]
-Activations: TypeAlias = Literal["bf16", "int8", "auto"]
-GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
 """auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
+Activations: TypeAlias = Literal["bf16", "int8", "auto"]
+"""auto: int8 where weights of 4 and 8 bits are multiplied faster so, by measurement, else bf16."""
+GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
+"""auto: triton where it is installed, else reference, which is plain torch."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""
@@ -788,3 +790,5 @@ class ClusterStatus:
     """CPU time of all decisions so far."""
     autoscale: AutoscaleStatus | None = None
     """None where it is off."""
+    away: tuple[tuple[WorkerId, str], ...] = ()
+    """Who should be there and isn't, for longer than a start takes, and why, in words."""

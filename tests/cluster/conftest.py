@@ -60,6 +60,7 @@ class ScriptedService:
     closed: Queue[RequestId] = field(default_factory=Queue)
     """The requests whose generators have ended, however."""
     held: Queue[RequestId] = field(default_factory=Queue)
+    away: tuple[tuple[WorkerId, str], ...] = ()
     explanations: dict[str, tuple[Explanation, ...]] = field(default_factory=dict)
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Delta, None]:
@@ -106,7 +107,9 @@ class ScriptedService:
 
     async def status(self) -> ClusterStatus:
         workers = (_worker("prefill", leaked_blocks=0), _worker("decode", leaked_blocks=7))
-        return ClusterStatus(model="tiny", build="b1", workers=workers, requests_placed=5, index_blocks=11)
+        return ClusterStatus(
+            model="tiny", build="b1", workers=workers, requests_placed=5, index_blocks=11, away=self.away
+        )
 
     async def explain(self, request: str) -> tuple[Explanation, ...]:
         if request not in self.explanations:

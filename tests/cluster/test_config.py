@@ -289,3 +289,8 @@ def test_fronts_need_ports_that_there_are() -> None:
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "x" * 64])
 def test_a_clusters_name_is_one_word(name: str) -> None:
     assert "cluster.name" in problems(None, ("cluster.name", name))[0]
+
+
+def test_an_autoscaler_needs_a_measure_for_prompts() -> None:
+    [problem] = problems(None, ("autoscale.enabled", True), ("admission.ttft_seconds", 0))
+    assert "admission.ttft_seconds above 0" in problem

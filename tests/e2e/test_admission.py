@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.e2e
 
-PLACES = 24
+PLACES = 32
 """In each class's queue."""
 MAX_RUNNING = 4
 WAIT_SECONDS = 120
@@ -36,7 +36,7 @@ LONG = {"max_tokens": 6000, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def small(cluster: Callable[..., AbstractContextManager[Cluster]]) -> Iterator[Cluster]:
-    """One tiny worker that takes four at a time, before it room for 24 of each class."""
+    """One tiny worker that takes four at a time, before it room for 32 of each class."""
     wanted = ("pools.prefill.workers=0", "pools.decode.workers=0", "pools.mixed.workers=1", "model.dtype=fp32")
     limits = (f"engine.max_running={MAX_RUNNING}", "engine.threads=1", "kv.memory=64MiB")
     queues = tuple(f"admission.queue.{name}={PLACES}" for name in ("high", "normal", "low"))

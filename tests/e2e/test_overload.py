@@ -134,13 +134,15 @@ def window(clients: Clients, begin_seconds: float) -> Window:
 
     with ThreadPoolExecutor(CLIENTS) as threads:
         asking = [threads.submit(keep_asking) for _ in range(CLIENTS)]
-        time.sleep(begin_seconds)
-        began, before, answered = time.monotonic(), decoding(cluster.client.status()), clients.ends["answered"]
-        time.sleep(WINDOW_SECONDS)
-        cluster.until(lambda status: decoding(status)[1] - before[1] >= MAX_TOKENS, "it decodes")
-        after = decoding(cluster.client.status())
-        answers, seconds = clients.ends["answered"] - answered, time.monotonic() - began
-        over.set()
+        try:
+            time.sleep(begin_seconds)
+            began, before, answered = time.monotonic(), decoding(cluster.client.status()), clients.ends["answered"]
+            time.sleep(WINDOW_SECONDS)
+            cluster.until(lambda status: decoding(status)[1] - before[1] >= MAX_TOKENS, "it decodes")
+            after = decoding(cluster.client.status())
+            answers, seconds = clients.ends["answered"] - answered, time.monotonic() - began
+        finally:
+            over.set()
         for each in asking:
             each.result(WAIT_SECONDS)
     return Window(answers, after[0] - before[0], after[1] - before[1], seconds)

@@ -32,6 +32,13 @@ def test_an_image_is_built_in_stages_and_runs_as_nobody_special(file: Path) -> N
 
 
 @pytest.mark.parametrize("file", IMAGES, ids=lambda file: file.stem)
+def test_an_image_can_compile_for_the_processor_that_it_runs_on(file: Path) -> None:
+    """Without a compiler its workers would compute in torch: the volume of models has no libraries."""
+    [installed] = [text for text in stages(file)[-1].all("RUN") if "apt-get install" in text]
+    assert {"g++", "libc6-dev"} <= set(installed.split())
+
+
+@pytest.mark.parametrize("file", IMAGES, ids=lambda file: file.stem)
 def test_every_base_is_one_argument_that_can_be_a_digest(file: Path) -> None:
     bases = [stage.steps[0].text.split()[0] for stage in stages(file)]
     assert set(bases) == {"${BASE}"}

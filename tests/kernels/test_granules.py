@@ -88,6 +88,22 @@ def test_quantised_tokens_are_off_by_half_a_step_at_most(wire: str, steps: float
     assert not got[1, 2, 1, 3].any()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("wire", ["bf16", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("dim", [8, 80])
+def test_what_is_not_finite_is_none_there_either_and_is_nobody_elses(wire: str, dim: int, bad: float) -> None:
+    """It must fail its own sequence, and must not become a number on the way."""
+    source = torch.randn(12, LAYERS, 2, HEADS, 16, dim)
+    clean, target = torch.zeros_like(source), torch.zeros_like(source)
+    at = granules([3, 5], 16, 2)
+    unpack_granules(clean, at, slice(0, HEADS), wire, pack_granules(source, at, slice(0, HEADS), wire))
+    source[3, 1, 0, 2, 7, 5] = bad
+    unpack_granules(target, at, slice(0, HEADS), wire, pack_granules(source, at, slice(0, HEADS), wire))
+    assert not torch.isfinite(target[3, 1, 0, 2, 7, 5])
+    target[3, 1, 0, 2, 7] = clean[3, 1, 0, 2, 7]
+    assert torch.equal(target, clean)
+
+
 def test_int8_takes_little_more_than_half_of_bf16() -> None:
     assert granule_bytes(30, 3, 64, "int8") / granule_bytes(30, 3, 64, "bf16") < 0.52
 

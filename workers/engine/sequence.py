@@ -76,11 +76,6 @@ class Sequence:
         return self.prompt_length - self.request.said
 
     @property
-    def prompt_blocks(self) -> int:
-        """Blocks that hold the prompt, the last one perhaps in part."""
-        return -(-self.prompt_length // self.block_size)
-
-    @property
     def generated(self) -> int:
         """Tokens generated: the index of the next one."""
         return len(self.tokens) - self.answer_start

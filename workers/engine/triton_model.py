@@ -19,7 +19,7 @@ from kernels.gpu.decode_attention import decode_attention, split_count
 from kernels.gpu.paged import Look, tile_rows
 from kernels.gpu.prefill_attention import prefill_attention
 from workers.engine.batch import Batch, looked_at
-from workers.engine.decode_graphs import BUCKETS, DecodeGraphs, looks_of
+from workers.engine.decode_graphs import BUCKETS, DecodeGraphs
 from workers.engine.layers import Layer, MakeProduct, Product, TakenWeights
 from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
@@ -74,10 +74,6 @@ class TritonModel:
             return self._captured(arena).run(row_numbers(tokens, segments, arena.shape[4]))
         tile = tile_rows(longest_chunk(batch), self.config.head_dim, self._embedding.dtype)
         return looked_at(self._forward(device_batch(batch, arena.shape[4], tile, self._device), arena))
-
-    def step(self, batch: DeviceBatch, arena: Tensor) -> Tensor:
-        """`forward` on the device alone: logits and what is looked at in them, for measuring."""
-        return looks_of(self._forward(batch, arena))
 
     def _captured(self, arena: Tensor) -> DecodeGraphs:
         """The graphs of this arena: another one lies elsewhere."""

@@ -76,7 +76,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks", "queues", "autoscale")
+    __slots__ = ("model", "build", "ready", "workers", "requests_placed", "index_blocks", "queues", "autoscale", "away")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class GetStatusResponse(_message.Message):
     INDEX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     QUEUES_FIELD_NUMBER: _ClassVar[int]
     AUTOSCALE_FIELD_NUMBER: _ClassVar[int]
+    AWAY_FIELD_NUMBER: _ClassVar[int]
     model: str
     build: str
     ready: bool
@@ -93,7 +94,16 @@ class GetStatusResponse(_message.Message):
     index_blocks: int
     queues: _containers.RepeatedCompositeFieldContainer[QueueStatus]
     autoscale: AutoscaleStatus
-    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ..., autoscale: _Optional[_Union[AutoscaleStatus, _Mapping]] = ...) -> None: ...
+    away: _containers.RepeatedCompositeFieldContainer[AwayWorker]
+    def __init__(self, model: _Optional[str] = ..., build: _Optional[str] = ..., ready: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests_placed: _Optional[int] = ..., index_blocks: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ..., autoscale: _Optional[_Union[AutoscaleStatus, _Mapping]] = ..., away: _Optional[_Iterable[_Union[AwayWorker, _Mapping]]] = ...) -> None: ...
+
+class AwayWorker(_message.Message):
+    __slots__ = ("id", "why")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    why: str
+    def __init__(self, id: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class AutoscaleStatus(_message.Message):
     __slots__ = ("dry_run", "wanted", "changes", "reversals", "words")

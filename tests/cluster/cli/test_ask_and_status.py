@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diptych.errors import Overloaded
+from diptych.types import WorkerId
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import ScriptedService, Wire
@@ -56,6 +57,16 @@ def test_status_shows_every_worker(wire: Wire) -> None:
     assert prefill.split()[:11] == ["prefill-0", "prefill", "2", "1", "60", "10", "25", "0", "5", "25%", "2.5"]
     assert decode.split()[:2] == ["decode-0", "decode"]
     assert summary == "tiny · ready · 5 requests placed · 11 blocks indexed"
+
+
+def test_status_says_who_should_be_there_and_is_not(wire: Wire, service: ScriptedService) -> None:
+    service.away = ((WorkerId("decode-1"), "waits for room: it needs 2 CPU, free are 0 CPU of 4 CPU in all"),)
+    done = diptych("status", "--grpc", wire.target)
+    assert done.stdout.splitlines()[-1] == (
+        "decode-1 is away · waits for room: it needs 2 CPU, free are 0 CPU of 4 CPU in all"
+    )
+    [away] = json.loads(diptych("status", "--grpc", wire.target, "--json").stdout)["away"]
+    assert away["id"] == "decode-1"
 
 
 def test_status_as_json_is_the_whole_status(wire: Wire) -> None:

@@ -84,6 +84,21 @@ def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch
     assert (full.level, "DIPTYCH_CACHE" in full.mend) == ("problem", True)
 
 
+def test_a_machine_that_can_not_compile_is_slower_and_hears_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(software, "reason_against", lambda: "")
+    assert software.check_compiler(tmp_path / "new" / "cache").level == "ok"
+    monkeypatch.setattr(software.os, "access", lambda *_: False)
+    read_only = software.check_compiler(tmp_path / "new" / "cache")
+    assert (read_only.level, "DIPTYCH_CACHE" in read_only.mend) == ("warning", True)
+    monkeypatch.setattr(software, "reason_against", lambda: "there is no C++ compiler: install g++")
+    without = software.check_compiler(tmp_path)
+    assert (without.level, "install g++" in without.found) == ("warning", True)
+    assert "in torch" in without.mend
+    assert "in numpy" in without.mend
+
+
 def test_bound_threads_are_a_warning() -> None:
     assert machine.check_threads({}).level == "ok"
     assert machine.check_threads({"OMP_PROC_BIND": "close"}).level == "warning"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -856,5 +857,49 @@ def test_the_scheduler_hears_how_every_request_ended(house: House_) -> None:
             assert whole.outcome.served.kv_seconds > 0
             assert not long.placements
             assert long.refusal.startswith("PromptTooLong: ")
+
+    run(test())
+
+
+class Mortal:
+    """A worker's line, until it is cut."""
+
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+
+    async def outbox(self, _: FrontId) -> AsyncIterator[Any]:
+        yield ()
+        await self.dead.wait()
+        raise WorkerLost("it died")
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["the line is cut first", "it is forgotten first"])
+def test_a_hundred_lives_of_a_worker_leave_no_more_behind_than_one(house: House_, heard: bool) -> None:
+    async def test() -> None:
+        async with house() as here:
+            dispatcher = here.dispatcher
+            others = {WorkerId(name): (worker.info, here.ports[name]) for name, worker in here.workers.items()}
+
+            async def live(epoch: int) -> None:
+                port = Mortal()
+                info = replace(here.workers["d"].info, id=WorkerId("x"), epoch=epoch)
+                await dispatcher.meet({**others, info.id: (info, port)})
+                if heard:
+                    port.dead.set()
+                    await asyncio.sleep(0.01)
+                await dispatcher.meet(others)
+                await asyncio.sleep(0)
+
+            def left() -> tuple[dict[str, int], int, int]:
+                gc.collect()
+                sizes = {name: len(held) for name, held in vars(dispatcher).items() if isinstance(held, dict | set)}
+                return sizes, len(asyncio.all_tasks()), sum(type(one) is Mortal for one in gc.get_objects())
+
+            await live(1)
+            once = left()
+            for epoch in range(2, 102):
+                await live(epoch)
+            assert left() == once
+            assert once[0]["_members"] == 2
 
     run(test())

@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +55,8 @@ class Lan:
 
     def __exit__(self, *error: object) -> None:
         for process in marked(self.mark):
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
         psutil.wait_procs(marked(self.mark), END_SECONDS)
         kill_all(self.mark)
         for node in self._nodes.values():

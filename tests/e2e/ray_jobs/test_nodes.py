@@ -232,10 +232,17 @@ def drain_who_is_needed(served: Served, nodes: Nodes, wait_until: Until) -> None
         with pytest.raises(InvalidRequest, match=r"without prefill-0 placement\.how = 'remote' would lack"):
             client.drain_node(ADDRESSES["prefill"])
         assert is_ready(served)
+        assert "prefill-1" not in workers(served), "what was refused has changed nothing"
+
+        def drained() -> bool:
+            try:
+                return list(client.drain_node(ADDRESSES["prefill"]).ended) == ["prefill-0"]
+            except InvalidRequest:  # its successor was not up in time
+                return False
+
         nodes.add("prefill-2")
-        wait_until(lambda: "prefill-1" in workers(served), "the successor is there")
+        wait_until(drained, "it is drained, with another in its place")
         assert workers(served)["prefill-1"][0] == ADDRESSES["prefill-2"]
-        assert list(client.drain_node(ADDRESSES["prefill"]).ended) == ["prefill-0"]
 
 
 def decoding(served: Served) -> list[str]:

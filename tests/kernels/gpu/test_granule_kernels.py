@@ -108,3 +108,21 @@ def test_what_lies_askew_is_packed_elsewhere_and_unpacked_all_the_same(device: t
     gpu.unpack_granules(one, granules, slice(0, 3), "int8", askew)
     gpu.unpack_granules(other, granules, slice(0, 3), "int8", packed)
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 80)], ids=str)
+@each_dtype
+@pytest.mark.parametrize("wire", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning")  # in the interpreter
+def test_what_is_not_finite_is_none_there_either(
+    device: torch.device, wire: Any, shape: tuple[int, int], dtype: torch.dtype, bad: float
+) -> None:
+    arena, granules, heads = arena_of(shape, dtype), chosen(shape), slice(0, 3)
+    arena[5, 1, 0, 2, 7, 5] = bad
+    found = torch.zeros_like(arena, device=device)
+    packed = gpu.pack_granules(arena.to(device), there(granules, device), heads, wire)
+    gpu.unpack_granules(found, there(granules, device), heads, wire, packed)
+    rows = found.cpu().float().isfinite().all(-1)
+    assert not found.cpu()[5, 1, 0, 2, 7, 5].isfinite()
+    assert int((~rows).sum()) == 1

@@ -45,6 +45,21 @@ def test_a_product(device: torch.device, bits: Bits, rows: int, biased: bool) ->
     assert (found.float() - exact).norm() < (0.015 if bits == "int8" else 0.05) * exact.norm()
 
 
+@each_bits
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("at", [31, 1100])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
+def test_what_is_not_finite_makes_its_own_row_so(device: torch.device, bits: Bits, bad: float, at: int) -> None:
+    """A NaN that became a number would pass for an answer."""
+    x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    clean = narrow_rows(x.to(device), bits)
+    x[2, at] = bad
+    found, wanted = narrow_rows(x.to(device), bits).scales.cpu(), reference.narrow_rows(x, bits)[1]
+    assert found.isfinite().tolist() == wanted.isfinite().tolist() == [True, True, False, True]
+    others = [0, 1, 3]
+    assert torch.equal(found[others], clean.scales.cpu()[others])
+
+
 def test_torch_takes_multiples_of_16() -> None:
     assert can_multiply(torch.empty(32, 48))
     assert not can_multiply(torch.empty(32, 40))

@@ -240,6 +240,7 @@ def test_the_death_of_the_sender_is_heard_or_its_parcel_refused(
     pair = ends(kind)
     pair.ship(0)
     pair.land()
+    pair.sent.get(timeout=WAIT_SECONDS)  # or it breaks too, in the middle of that
     parcel = owner.parcel(5, 1, reads=pair.reads)
     pair.sender.close()
     with changed(owner, 6):  # its blocks are another's
