@@ -353,6 +353,7 @@ class Worker:
             cache=cache,
             device=device,
             threads=spec.threads,
+            activations=spec.activations,
             on_gpu=GpuChoice(spec.kernels, spec.cuda_graphs),
         )
         config = model.config

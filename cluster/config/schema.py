@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cluster.config.values import Address, parse_address, parse_labels, parse_size, parse_weights
 from diptych.hashing import granules_per_block
-from diptych.types import Eviction, GpuKernels, ModelDtype, Role, Verify
+from diptych.types import Activations, Eviction, GpuKernels, ModelDtype, Role, Verify, WeightFormat
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -106,6 +106,11 @@ class Pool(Section):
     """In a Ray that was joined: as many as its nodes have room for, up to so many; 0 keeps `workers`."""
     labels: Annotated[str, AfterValidator(_labels)] = ""
     """KEY=VALUE[,KEY=VALUE] that their nodes have (`ray start --labels`); a Ray of our own has none."""
+    weights: WeightFormat | Literal[""] = ""
+    """How its workers keep their weights; empty is engine.weights. KV may come from a pool that keeps them otherwise:
+    answers then depend on who computed their prompt."""
+    activations: Activations | Literal[""] = ""
+    """What its workers multiply; empty is engine.activations."""
 
     @property
     def node_labels(self) -> dict[str, str]:
@@ -257,6 +262,9 @@ class Engine(Section):
     weights: Literal["auto", "bf16", "int8", "int4", "fp8"] = "auto"
     """How a bf16 model's weights are kept. auto, on a CPU, is the file's own 4 or 8 bits where it has them, else bf16,
     and changes no number. int8 and int4 round what the file has in more. A GPU knows bf16, int8 and fp8."""
+    activations: Activations = "bf16"
+    """What a bf16 model's weights of 4 and 8 bits are multiplied with on a CPU. int8 rounds a row in groups of 32, and
+    wants AVX512-VNNI; auto measures which is faster when a worker starts."""
     kernels: GpuKernels = "auto"
     """Of a bf16 model on a GPU: auto is triton where it is installed, else reference, which is plain torch."""
     cuda_graphs: bool = True
@@ -388,13 +396,21 @@ class Config(Section):
             )
         if self.kv.link == "nccl" and self.device == "cpu":
             raise ValueError("kv.link = 'nccl' needs CUDA workers, but device is cpu: set kv.link to auto")
-        if self.engine.weights == "fp8" and self.device == "cpu":
-            raise ValueError("engine.weights = 'fp8' needs CUDA workers, but device is cpu: int8 works on both")
-        if self.engine.weights == "int4" and self.device == "cuda":
-            raise ValueError("engine.weights = 'int4' needs CPU workers, but device is cuda: int8 works on both")
+        for problem in _numbers_problems(self):
+            raise ValueError(problem)
         if self.engine.kernels == "triton" and self.device == "cpu":
             raise ValueError("engine.kernels = 'triton' needs CUDA workers, but device is cpu: set it to auto")
         return self
+
+    def weights_of(self, role: Role) -> WeightFormat:
+        """Of this pool's workers."""
+        pool: Pool = getattr(self.pools, role)
+        return pool.weights or self.engine.weights
+
+    def activations_of(self, role: Role) -> Activations:
+        """Of this pool's workers."""
+        pool: Pool = getattr(self.pools, role)
+        return pool.activations or self.engine.activations
 
     def model_post_init(self, context: Any, /) -> None:  # noqa: ANN401  (pydantic's signature)
         self._origins = dict(context or {})
@@ -431,6 +447,31 @@ def _ports_problems(front: Front) -> Iterator[str]:
             f"front.count = {front.count} puts HTTP on {http}…{http + front.count - 1} and gRPC on "
             f"{grpc}…{grpc + front.count - 1}, which overlap: move front.http or front.grpc"
         )
+
+
+def _numbers_problems(config: Config) -> Iterator[str]:
+    """Weights and activations that a device lacks, or that don't go together."""
+    pools: dict[Role, Pool] = {
+        "prefill": config.pools.prefill,
+        "decode": config.pools.decode,
+        "mixed": config.pools.mixed,
+    }
+    for place, said in {"engine": config.engine, **{f"pools.{role}": pool for role, pool in pools.items()}}.items():
+        if said.weights == "fp8" and config.device == "cpu":
+            yield f"{place}.weights = 'fp8' needs CUDA workers, but device is cpu: int8 works on both"
+        if said.weights == "int4" and config.device == "cuda":
+            yield f"{place}.weights = 'int4' needs CPU workers, but device is cuda: int8 works on both"
+        if said.activations == "int8" and config.device == "cuda":
+            yield (
+                f"{place}.activations = 'int8' needs CPU workers, but device is cuda: leave it bf16, a GPU with "
+                "weights = 'int8' rounds them itself"
+            )
+    for role in pools:
+        if config.activations_of(role) == "int8" and config.weights_of(role) == "bf16":
+            yield (
+                f"{role} workers would multiply activations of int8 with weights of bf16: set engine.weights (or "
+                f"pools.{role}.weights) to auto, int8 or int4, or activations to bf16"
+            )
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:

@@ -21,6 +21,7 @@ from cluster.config.values import Address
 from cluster.front.actor import FrontActor, FrontSpec
 from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
+from cluster.pools.numbers import weight_format
 from cluster.pools.room import Room
 from cluster.scheduler.actor import SchedulerActor
 from cluster.scheduler.admission import AdmissionPolicy
@@ -105,10 +106,8 @@ class Processes:
         dtype = self._config.model.served_dtype
         # What a quantised wire rounded must never pass for what was computed.
         numbers = dtype if self._config.kv.wire == "native" else f"{dtype} over {self._config.kv.wire}"
-        # auto and bf16 are the same numbers; what was rounded further must not pass for them.
-        form = self._config.engine.weights
-        weights = dtype if dtype == "fp32" or form in ("auto", "bf16") else f"{dtype} from {form}"
-        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=weights, kv_dtype=numbers)
+        form = weight_format(self._config)
+        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=form, kv_dtype=numbers)
         spec = FrontSpec(
             identity=FrontIdentity(
                 id=front,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.panels import COLUMNS, FORMAT_NUMBER, Panels
+from kernels.cpu.products import Activations, ProductStructure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +42,8 @@ class DecoderShape:
     attention_soft_cap: float | None
     logit_soft_cap: float | None
     embedding_scale: float
+    activations: Activations = "bf16"
+    """int8: of each row in groups of 32, where a layer's weights lie in 4 or 8 bits."""
 
 
 class BiasedPanels(NamedTuple):
@@ -193,13 +196,13 @@ class Decoder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _product(self, product: BiasedPanels) -> _Product:
+    def _product(self, product: BiasedPanels) -> ProductStructure:
         panels, bias = product
         if bias is not None:
             missing = -panels.columns % COLUMNS
             bias = torch.nn.functional.pad(bias.float(), (0, missing)).contiguous()
         number = FORMAT_NUMBER[panels.format]
-        return _Product(self._kept_at(panels.data), self._kept_at(bias), panels.inputs, panels.columns, number)
+        return ProductStructure(self._kept_at(panels.data), self._kept_at(bias), panels.inputs, panels.columns, number)
 
     def _layer(self, layer: DecoderLayer) -> _Layer:
         norms = (
@@ -237,19 +240,9 @@ _POINTER, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, _NUMBER) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
-        *((name, _NUMBER) for name in ("vocabulary", "gate")),
+        *((name, _NUMBER) for name in ("vocabulary", "gate", "int8")),
         *((name, _FLOAT) for name in ("epsilon", "attention_scale", "attention_soft_cap", "logit_soft_cap")),
         ("embedding_scale", _FLOAT),
-    ]
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        ("panels", _POINTER),
-        ("bias", _POINTER),
-        ("inputs", _NUMBER),
-        ("columns", _NUMBER),
-        ("format", _NUMBER),
     ]
 
 
@@ -257,14 +250,14 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("attention_norm", "query_norm", "key_norm", "attention_end_norm")),
         *((name, _POINTER) for name in ("mlp_norm", "mlp_end_norm")),
-        *((name, _Product) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, ProductStructure) for name in ("qkv", "output", "gate_up", "down")),
         ("rope", _POINTER),
         ("window", _NUMBER),
     ]
 
 
 class _Ends(ctypes.Structure):
-    _fields_ = [("embedding", _POINTER), ("norm", _POINTER), ("head", _Product)]
+    _fields_ = [("embedding", _POINTER), ("norm", _POINTER), ("head", ProductStructure)]
 
 
 class _Step(ctypes.Structure):
@@ -293,6 +286,7 @@ def _shape(shape: DecoderShape) -> _Shape:
         shape.intermediate,
         shape.vocabulary,
         _GATES[shape.gate],
+        int(shape.activations == "int8"),
         shape.epsilon,
         shape.attention_scale,
         shape.attention_soft_cap or 0.0,

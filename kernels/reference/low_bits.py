@@ -1,4 +1,4 @@
-"""A matrix in 8 bits, one scale a row: what `kernels.gpu.low_bits` means."""
+"""Matrices in 8 bits: a scale for each row, as `kernels.gpu.low_bits` has, or for each 32 of it, as `kernels.cpu`."""
 
 from __future__ import annotations
 
@@ -30,3 +30,31 @@ def narrow_linear(x: Tensor, weight: Tensor, bits: Bits, bias: Tensor | None = N
     (left, of_rows), (right, of_columns) = narrow_rows(x, bits), narrow_rows(weight, bits)
     product = (left.double() @ right.double().T).float() * of_rows[:, None] * of_columns
     return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+GROUP: Final = 32
+"""Numbers of a row that share a scale, as in llama.cpp's formats."""
+_LEAST_SCALED: Final = 1e-30
+"""What is smaller counts as 0."""
+
+
+def narrow_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [rows, columns] → whole numbers of that shape, -127 to 127, and scales [rows, columns / 32], both fp32.
+
+    Where a group has a number that is not finite, its scale is NaN.
+    """
+    groups: Tensor = x.float().reshape(*x.shape[:-1], -1, GROUP)
+    most = groups.abs().amax(-1)
+    counts = (most >= _LEAST_SCALED) & most.isfinite()
+    # Two tensors: torch multiplies by the reciprocal where one is a number, and ties then fall the other way.
+    inverse = torch.where(counts, torch.full_like(most, 127.0) / most, 0.0)
+    numbers = torch.nan_to_num((groups * inverse[..., None]).round(), nan=0.0)
+    scales = torch.where(counts, most / 127.0, torch.where(most.isfinite(), 0.0, torch.nan))
+    return numbers.flatten(-2), scales
+
+
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [rows, in], rounded as `narrow_groups` does  weight: [out, in], as it is  → [rows, out] fp32."""
+    numbers, scales = narrow_groups(x)
+    rounded = numbers.double() * scales.double().repeat_interleave(GROUP, -1)
+    return (rounded @ weight.double().T).float()

@@ -1,6 +1,6 @@
 """One engine without a cluster: prompts, decoding, both mixed; what of a step is products, what is Python.
 
-OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto python -m tests.bench.engine --threads 2 --weights auto,bf16
+OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto python -m tests.bench.engine --threads 2 --weights auto,auto/int8,bf16
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from cluster.cache import cache_folder
 from cluster.models.naming import resolve
 from diptych.hashing import KvIdentity, granule_hashes
-from diptych.types import FrontId, ModelSource, Request, RequestId, SamplingParams, WeightFormat
+from diptych.types import Activations, FrontId, ModelSource, Request, RequestId, SamplingParams, WeightFormat
 from kernels import Segment
 from tests.bench.results import Figure, figure, report
 from workers.engine.batch import Batch, ForwardPass
@@ -37,7 +37,8 @@ CONTEXTS = (128, 1024)
 STEPS = 5
 """Decode steps in one measurement."""
 CPU = torch.device("cpu")
-Form: TypeAlias = WeightFormat | Literal["torch"]
+Form: TypeAlias = str
+"""A weight format, with activations behind a stroke where they aren't bf16 (auto/int8); or torch."""
 ROOT = KvIdentity(model_digest="bench", weight_format="any", kv_dtype="bf16").root()
 _numbers = itertools.count()
 
@@ -82,7 +83,16 @@ class Rig:
             weights = load_weights(source, "bf16", cache=cache)
             self.model, self.how = Model(weights, max_context=weights.config.context, device=CPU), "torch, as it comes"
         else:
-            self.model, self.how = load_model(source, "bf16", form, cache=cache, device=CPU, threads=threads)
+            weights_form, _, activations = form.partition("/")
+            self.model, self.how = load_model(
+                source,
+                "bf16",
+                cast("WeightFormat", weights_form),
+                cache=cache,
+                device=CPU,
+                threads=threads,
+                activations=cast("Activations", activations or "bf16"),
+            )
         limits = EngineLimits(block_size=16, blocks=2200, max_batch_tokens=2048, max_running=64, max_context=4096)
         self.engine = Engine(self.model, limits, dtype="bf16", device=CPU)
         self.engine.arena.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
@@ -206,7 +216,7 @@ def measure_decode(rig: Rig, batch: int, context: int, to: Measured) -> None:
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--model", default="smollm2-135m-instruct")
-    asked.add_argument("--weights", default="auto,bf16")
+    asked.add_argument("--weights", default="auto,auto/int8,bf16", help="formats, as in auto,int8/int8,torch")
     asked.add_argument("--threads", type=int, default=2)
     asked.add_argument("--rounds", type=int, default=5)
     asked.add_argument("--only", default="", help="cases that begin so: prefill, decode 8, mixed")

@@ -20,6 +20,7 @@ from cluster.models.naming import resolve
 from diptych.types import ModelSource, WeightFormat
 from kernels import Segment
 from kernels.cpu.library import load_library
+from kernels.cpu.products import reason_against_int8
 from tests.bench.results import Figure, figure, report
 from tests.e2e.exact.test_wire import TEXT
 from workers.engine.batch import Batch, ForwardPass
@@ -50,15 +51,19 @@ def ways(source: ModelSource) -> Iterator[Way]:
     yield Way("torch, bf16", Model(weights, max_context=context, device=CPU), torch.bfloat16)
     library = load_library(cache)
 
-    def native(name: str, of: Weights, form: WeightFormat) -> Way:
+    def native(name: str, of: Weights, form: WeightFormat) -> Iterator[Way]:
         packed = pack_weights(library, of, form, None)
-        return Way(name, NativeModel(library, of, packed, max_context=context, threads=1), torch.bfloat16)
+        yield Way(name, NativeModel(library, of, packed, max_context=context, threads=1), torch.bfloat16)
+        if form == "bf16" or reason_against_int8(library):
+            return
+        model = NativeModel(library, of, packed, max_context=context, threads=1, activations="int8")
+        yield Way(f"{name}, activations int8", model, torch.bfloat16)
 
-    yield native("C++, the file's own bits", weights, "auto")
+    yield from native("C++, the file's own bits", weights, "auto")
     # As if the file had bf16 only.
     plain = replace(weights, quantised=dict)
     for form in FORMATS:
-        yield native(f"C++, {form} from bf16", plain, form)
+        yield from native(f"C++, {form} from bf16", plain, form)
 
 
 def said(way: Way, tokens: list[int]) -> Tensor:

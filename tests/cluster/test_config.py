@@ -182,6 +182,10 @@ def test_nccl_on_cpu_is_refused() -> None:
     [
         ("engine.weights", "fp8", "cpu", "int8 works on both"),
         ("engine.weights", "int4", "cuda", "int8 works on both"),
+        ("pools.prefill.weights", "fp8", "cpu", "int8 works on both"),
+        ("pools.decode.weights", "int4", "cuda", "int8 works on both"),
+        ("engine.activations", "int8", "cuda", "leave it bf16"),
+        ("pools.mixed.activations", "int8", "cuda", "leave it bf16"),
         ("engine.kernels", "triton", "cpu", "set it to auto"),
     ],
 )
@@ -189,6 +193,22 @@ def test_what_a_device_lacks_is_refused(key: str, value: str, device: str, way_o
     (problem,) = problems(None, (key, value), ("device", device))
     assert key in problem
     assert way_out in problem
+
+
+def test_a_pools_numbers_are_its_own_or_the_engines() -> None:
+    mixed = load(
+        overrides=said(
+            ("engine.weights", "int8"), ("pools.decode.weights", "int4"), ("pools.prefill.activations", "int8")
+        )
+    )
+    assert [mixed.weights_of(role) for role in ("prefill", "decode", "mixed")] == ["int8", "int4", "int8"]
+    assert [mixed.activations_of(role) for role in ("prefill", "decode", "mixed")] == ["int8", "bf16", "bf16"]
+
+
+def test_weights_of_bf16_are_not_multiplied_in_int8() -> None:
+    (problem,) = problems(None, ("engine.activations", "int8"), ("pools.decode.weights", "bf16"))
+    assert problem.startswith("decode workers would multiply activations of int8 with weights of bf16")
+    assert "pools.decode.weights" in problem
 
 
 def test_a_missing_file_and_broken_toml_name_the_file(tmp_path: Path) -> None:

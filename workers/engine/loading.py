@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from diptych.types import GpuKernels, ModelDtype, ModelSource, WeightFormat
+from diptych.types import Activations, GpuKernels, ModelDtype, ModelSource, WeightFormat
 from kernels.cpu.library import NoLibrary, load_library
 from kernels.gpu.availability import reason_against
+from workers.engine.activations import chosen, kept_pace
 from workers.engine.batch import ForwardPass
 from workers.engine.model import Model
 from workers.engine.model_config import UnsupportedModel
@@ -45,20 +46,25 @@ def load_model(
     cache: Path | None,
     device: torch.device,
     threads: int,
+    activations: Activations = "bf16",
     on_gpu: GpuChoice = GpuChoice(),  # noqa: B008  (immutable)
 ) -> Loaded:
     """Raises what `load_weights` raises, and UnsupportedModel for what this device doesn't have. `cache` is a
     folder for what later starts need not make again."""
     _refuse_impossible(dtype, form, device, on_gpu)
+    if activations == "int8" and device.type == "cuda":
+        raise UnsupportedModel("activations = int8 is for CPUs: a GPU with engine.weights = int8 rounds them itself")
     weights = load_weights(source, dtype, cache=cache)
     reason = _reason_against_triton(dtype, device, on_gpu) if device.type == "cuda" else _reason_against(weights, dtype)
     if not reason:
         if device.type == "cuda":
             return _triton(weights, form, device, on_gpu)
         try:
-            return _native(weights, source, form, cache, threads)
+            return _native(weights, source, form, activations, cache, threads)
         except (NoLibrary, NoRoom) as error:
             reason = str(error)
+    if activations == "int8" and dtype == "bf16" and device.type != "cuda":
+        raise UnsupportedModel(f"activations = int8: {reason}; set it to auto or bf16")
     model = Model(weights, max_context=weights.config.context, device=device)
     return Loaded(model, f"torch on {device.type}, {dtype} ({reason})")
 
@@ -112,13 +118,28 @@ def _triton(weights: Weights, form: WeightFormat, device: torch.device, on_gpu: 
     return Loaded(model, f"Triton kernels on {device}, {graphs}, weights {bits or 'bf16'}")
 
 
-def _native(weights: Weights, source: ModelSource, form: WeightFormat, cache: Path | None, threads: int) -> Loaded:
+def _native(
+    weights: Weights,
+    source: ModelSource,
+    form: WeightFormat,
+    activations: Activations,
+    cache: Path | None,
+    threads: int,
+) -> Loaded:
     library = load_library(cache)
     # What is random is made as fast as it is read.
-    keep = cache and not source.path.startswith("random:")
-    packed = pack_weights(library, weights, form, kept_file(cache, source.digest, form) if cache and keep else None)
-    model = NativeModel(library, weights, packed, max_context=weights.config.context, threads=threads)
-    return Loaded(model, f"C++ kernels, {threads} thread(s), weights {_shares(packed)}")
+    keep = None if source.path.startswith("random:") else cache
+    packed = pack_weights(library, weights, form, kept_file(keep, source.digest, form) if keep else None)
+    choice = chosen(library, packed, activations, kept_pace(keep, library, source.digest, form) if keep else None)
+    model = NativeModel(
+        library,
+        weights,
+        packed,
+        max_context=weights.config.context,
+        threads=threads,
+        activations=choice.activations,
+    )
+    return Loaded(model, f"C++ kernels, {threads} thread(s), weights {_shares(packed)}{choice.how}")
 
 
 def _shares(packed: PackedWeights) -> str:

@@ -1,7 +1,8 @@
 """The forward pass in C++, for bf16 on CPUs that multiply it. Same call as `model.Model`; knows no sequence.
 
-Rows are fp32 between products, which take bf16. However tokens are batched, chunked, cached and
-placed, their logits are the same bits, as long as every worker computes this way.
+Rows are fp32 between products, which take bf16, or int8 where that is asked for. However tokens are
+batched, chunked, cached and placed, their logits are the same bits, as long as every worker computes
+this way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels import Logits
 from kernels.cpu.decoder import BiasedPanels, Decoder, DecoderEnds, DecoderLayer, DecoderShape
+from kernels.cpu.products import Activations
 from workers.engine.batch import Batch
 from workers.engine.layout import STACKED
 from workers.engine.model_config import ModelConfig
@@ -32,7 +34,14 @@ class NativeModel:
     """A decoder on some threads of this CPU."""
 
     def __init__(
-        self, library: ctypes.CDLL, weights: Weights, packed: PackedWeights, *, max_context: int, threads: int
+        self,
+        library: ctypes.CDLL,
+        weights: Weights,
+        packed: PackedWeights,
+        *,
+        max_context: int,
+        threads: int,
+        activations: Activations = "bf16",
     ) -> None:
         assert can_run(weights.config), "its sizes are no multiples of 32"
         self.config = config = weights.config
@@ -45,7 +54,7 @@ class NativeModel:
             norm=taken.norm("model.norm.weight"),
             head=BiasedPanels(packed["head"], None),
         )
-        self._decoder = Decoder(library, _shape(config), layers, ends, threads)
+        self._decoder = Decoder(library, _shape(config, activations), layers, ends, threads)
 
     def forward(self, batch: Batch, arena: Tensor) -> Logits:
         """Writes the batch's KV into `arena` and returns the wanted rows' logits."""
@@ -56,7 +65,7 @@ class NativeModel:
         self._decoder.products(arena, batch.tokens, batch.segments, batch.wanted)
 
 
-def _shape(config: ModelConfig) -> DecoderShape:
+def _shape(config: ModelConfig, activations: Activations) -> DecoderShape:
     # Rounded to the weights' type before it multiplies, as their authors do.
     scale = torch.tensor(config.hidden**0.5, dtype=torch.bfloat16).item()
     return DecoderShape(
@@ -73,6 +82,7 @@ def _shape(config: ModelConfig) -> DecoderShape:
         attention_soft_cap=config.attention_soft_cap,
         logit_soft_cap=config.logit_soft_cap,
         embedding_scale=scale if config.architecture.scaled_embedding else 1.0,
+        activations=activations,
     )
 
 

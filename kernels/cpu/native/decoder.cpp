@@ -1,12 +1,12 @@
 // A decoder's layers, from tokens to logits, in one call. Knows no request and no file.
 //
-// Between layers a row is fp32; what is multiplied is bf16. Every phase of a layer is cut into
+// Between layers a row is fp32; what is multiplied is bf16, or 8 bits where that is asked for. Every phase of a layer is cut into
 // pieces that the team's members take as they come, and none of the cuts shows in the result.
 #include <algorithm>
 #include <memory>
 
 #include "attention.h"
-#include "product.h"
+#include "panel_rows.h"
 #include "rows.h"
 #include "team.h"
 
@@ -18,6 +18,7 @@ enum Gate : int64_t { kSilu = 0, kGelu = 1, kTanhGelu = 2 };
 
 struct DiptychShape {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, gate;
+    int64_t int8;  // whether the layers' activations are multiplied in 8 bits, where the weights are
     float epsilon, attention_scale, attention_soft_cap, logit_soft_cap, embedding_scale;
 };
 
@@ -51,8 +52,6 @@ struct DiptychStep {
 
 namespace {
 
-constexpr int64_t kBlockRows = 252;  // of a large product: their inputs stay in the second cache
-
 struct Task {
     const Segment* segment;
     Span tokens, kv_heads;
@@ -66,7 +65,7 @@ class Decoder {
         int64_t widest = ends.head.inputs;
         for (const auto& layer : layers_)
             widest = std::max({widest, layer.qkv.inputs, layer.output.inputs, layer.down.inputs});
-        for (auto& desk : desks_) desk.panel.resize(widest * kColumns);
+        for (auto& desk : desks_) desk.panel.resize(scratch_size(widest));
     }
 
     void step(const DiptychStep& step) {
@@ -100,6 +99,7 @@ class Decoder {
         query_.resize(rows * s.heads * s.head_dim);
         found_.resize(rows * s.heads * s.head_dim);
         gated_.resize(rows * s.intermediate);
+        if (s.int8) rounded_.resize(rows, std::max({s.hidden, s.heads * s.head_dim, s.intermediate}));
         tasks_.clear();
         home_.resize(rows);
         for (int64_t i = 0; i < step.segment_count; ++i) {
@@ -220,36 +220,25 @@ class Decoder {
     // store(row, panel, sums of its 32 columns) for every row and panel.
     template <class Store>
     void multiply_all(const Product& product, const bf16* x, int64_t rows, Desk& desk, Store store) {
+        // The last product decides between tokens that are nearly alike: never in 8 bits.
+        const bool int8 = shape_.int8 && is_int8(product) && &product != &ends_.head;
+        if (int8)
+            team_.each(pieces(rows), [&](int64_t piece) {
+                each_row(piece, rows, [&](int64_t row) { rounded_.round(x, product.inputs, row); });
+            });
+        const Int8Rows rounded = rounded_.rows(product.inputs);
+        const Inputs inputs{x, int8 ? &rounded : nullptr};
         const int64_t panels = product.panel_count(), blocks = (rows + kBlockRows - 1) / kBlockRows;
         team_.each(panels * blocks, [&](int64_t piece) {
             const int64_t panel = piece % panels, first = piece / panels * kBlockRows;
-            const int64_t last = std::min(rows, first + kBlockRows), tiles = (last - first + kMostRows - 1) / kMostRows;
-            const bf16* wide = tiles > 1 ? widened(product, panel, desk.panel.data()) : nullptr;
-            Sums sums;
-            for (int64_t tile = 0, row = first; tile < tiles; ++tile) {
-                const int here = int((last - row + tiles - tile - 1) / (tiles - tile));
-                const bf16* inputs = x + row * product.inputs;
-                if (wide) multiply(inputs, product.inputs, here, wide, product.inputs, sums);
-                else multiply_stored(inputs, product.inputs, here, product, panel, sums);
-                if (product.bias) add_bias(product, panel, here, sums);
-                for (int i = 0; i < here; ++i, ++row) store(row, panel, sums.of[i]);
-            }
+            multiply_panel(product, inputs, panel, first, std::min(rows, first + kBlockRows), desk.panel,
+                           [&](int64_t row, const __m512* sums) { store(row, panel, sums); });
         });
-    }
-
-    static void add_bias(const Product& product, int64_t panel, int rows, Sums& sums) {
-        for (int half = 0; half < 2; ++half) {
-            const __m512 bias = _mm512_loadu_ps(product.bias + panel * kColumns + half * 16);
-            for (int row = 0; row < rows; ++row) sums.of[row][half] = _mm512_add_ps(sums.of[row][half], bias);
-        }
     }
 
     void multiply_into(const Product& product, const bf16* x, int64_t rows, float* to, Desk& desk) {
         multiply_all(product, x, rows, desk, [&](int64_t row, int64_t panel, const __m512* sums) {
-            for (int half = 0; half < 2; ++half) {
-                const int64_t column = panel * kColumns + half * 16;
-                _mm512_mask_storeu_ps(to + row * product.columns + column, first_lanes(product.columns - column), sums[half]);
-            }
+            store_columns(product, panel, row, sums, to);
         });
     }
 
@@ -316,6 +305,7 @@ class Decoder {
     std::vector<Desk> desks_;
     std::vector<float> hidden_, qkv_, ended_;
     std::vector<bf16> normed_, query_, found_, gated_;
+    Int8Room rounded_;
     std::vector<Task> tasks_;
     std::vector<const Segment*> home_;
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,13 @@ import pytest
 import torch
 
 import kernels
-from diptych.types import ModelSource
+from diptych.types import ModelSource, WeightFormat
+from kernels.cpu.library import NoLibrary, load_library
+from kernels.cpu.products import Activations
 from workers.engine.batch import Batch, ForwardPass
 from workers.engine.model import Model
+from workers.engine.native_model import NativeModel
+from workers.engine.packed_weights import pack_weights
 from workers.engine.weights import Weights, load_weights
 
 if TYPE_CHECKING:
@@ -125,3 +130,24 @@ def edit_config(tmp_path: Path) -> Callable[..., None]:
         path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    try:
+        return load_library(tmp_path_factory.mktemp("native"))
+    except NoLibrary as error:
+        pytest.skip(f"no C++ kernels here: {error}")
+
+
+@pytest.fixture
+def native(library: ctypes.CDLL) -> Callable[..., NativeModel]:
+    """Of these weights, on two threads."""
+
+    def build(
+        weights: Weights, form: WeightFormat = "auto", kept: Path | None = None, activations: Activations = "bf16"
+    ) -> NativeModel:
+        packed = pack_weights(library, weights, form, kept)
+        return NativeModel(library, weights, packed, max_context=1024, threads=2, activations=activations)
+
+    return build

@@ -14,10 +14,17 @@ from workers.engine.model_config import UnsupportedModel
 TINY = ModelSource(name="random:tiny", path="random:tiny", digest="0123456789abcdef")
 
 
-def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "auto") -> Any:
+def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "auto", activations: Any = "bf16") -> Any:
     return load_model(
-        TINY, dtype, form, cache=None, device=torch.device(device), threads=1, on_gpu=GpuChoice(kernels)
-    )  # fmt: skip
+        TINY,
+        dtype,
+        form,
+        cache=None,
+        device=torch.device(device),
+        threads=1,
+        activations=activations,
+        on_gpu=GpuChoice(kernels),
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,6 +36,7 @@ def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "a
         ({"device": "cuda", "form": "int8", "kernels": "reference"}, "engine.kernels = reference"),
         ({"device": "cuda", "form": "fp8"}, "Triton is not installed"),
         ({"device": "cuda", "kernels": "triton"}, "Triton is not installed"),
+        ({"device": "cuda", "activations": "int8"}, "int8 is for CPUs"),
     ],
     ids=str,
 )

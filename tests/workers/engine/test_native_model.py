@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,11 @@ import pytest
 import torch
 
 from diptych.types import ModelSource, WeightFormat
-from kernels.cpu.library import NoLibrary, load_library
 from tests.workers.engine.gguf_writer import write_gguf
 from tests.workers.engine.tiny_models import CASES, config_of, some_tokens
 from workers.engine.loading import load_model
 from workers.engine.model import Model
-from workers.engine.native_model import NativeModel
-from workers.engine.packed_weights import kept_file, pack_weights
+from workers.engine.packed_weights import kept_file
 from workers.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -30,25 +27,6 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 TURNS_DIFFERENTLY = ("linear", "llama3", "yarn", "dynamic")
 """Another table of turns, the same maths."""
 NATIVE = [case for case in CASES if not any(word in case for word in TURNS_DIFFERENTLY)]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    try:
-        return load_library(tmp_path_factory.mktemp("native"))
-    except NoLibrary as error:
-        pytest.skip(f"no C++ kernels here: {error}")
-
-
-@pytest.fixture
-def native(library: ctypes.CDLL) -> Callable[..., NativeModel]:
-    """Of these weights, on two threads."""
-
-    def build(weights: Weights, form: WeightFormat = "auto", kept: Path | None = None) -> NativeModel:
-        packed = pack_weights(library, weights, form, kept)
-        return NativeModel(library, weights, packed, max_context=1024, threads=2)
-
-    return build
 
 
 def wide_config(case: str) -> Any:
