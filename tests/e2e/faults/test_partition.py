@@ -198,9 +198,10 @@ def test_two_workers_that_do_not_hear_each_other_cost_no_answer(site: Site, phas
 @pytest.mark.parametrize(("node", "others", "phase"), CUTS)
 def test_a_worker_that_is_not_heard_costs_no_answer(site: Site, node: str, others: str, phase: str) -> None:
     """Ray gives its node up, which ends itself then; a node in its place takes its work up again."""
-    epoch, began = site.workers()[node].info.epoch, time.monotonic()
+    epoch = site.workers()[node].info.epoch
     with site.strikes(f"{node} | {others}", phase):
         site.lan.sever(node, others)
+        began = time.monotonic()
         site.until_lost(node)
     time.sleep(max(0.0, began + GIVEN_UP_SECONDS - time.monotonic()))
     site.lan.mend(node, others)
