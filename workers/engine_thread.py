@@ -5,7 +5,6 @@ Knows roles and reports; not Ray, and not what a post means.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -86,10 +85,9 @@ class Roles:
 class EngineThread:
     """`post` from anywhere; everything else happens on the thread."""
 
-    def __init__(self, name: str, threads: int, nice: int = 0) -> None:
-        """`nice` is added to the niceness of the thread and of the team that it builds."""
+    def __init__(self, name: str, threads: int) -> None:
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._torch_threads, self._nice = threads, nice
+        self._torch_threads = threads
         self._thread = threading.Thread(target=self._main, name=f"engine-{name}", daemon=True)
         self._build: Callable[[], tuple[Roles, Listener, Callable[[], Mapping[FrontId, list[Outgoing]]]]] | None = None
         self._ready: Callable[[Roles | BaseException], None] = _nobody
@@ -151,8 +149,6 @@ class EngineThread:
     def _main(self) -> None:
         # From the thread itself: set from another one, every step starts a new OpenMP team.
         torch.set_num_threads(self._torch_threads)
-        if self._nice:  # Linux counts it by thread, and a new thread has its maker's
-            os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + self._nice))
         assert self._build is not None
         try:
             roles, listener, take_step = self._build()

@@ -86,7 +86,7 @@ class Worker:
         self.spec = spec
         self._neighbours = Neighbours() if neighbours is None else neighbours
         self._loop = asyncio.get_running_loop()
-        self._engine = EngineThread(spec.id, spec.threads, spec.nice)
+        self._engine = EngineThread(spec.id, spec.threads)
         self._calls = Calls(self._engine.post, spec.lease_seconds)
         self._outbox = Outbox(self.front_left)
         self._line = TokenLineServer(spec.secret, lambda front: packed_steps(self._outbox.read(FrontId(front))))

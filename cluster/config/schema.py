@@ -259,8 +259,6 @@ class Engine(Section):
     gpus: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 0.0
     """GPUs of each worker, 0.5 for a half; 0 shares out those that Ray has when it is asked: where nodes come later,
     say it."""
-    prefill_nice: Annotated[Count, Field(le=19)] = 0
-    """Added to the niceness of prefill workers' engines on CPUs: where roles share cores, decoding goes first."""
     weights: Literal["auto", "bf16", "int8", "int4", "fp8"] = "auto"
     """How a bf16 model's weights are kept. auto, on a CPU, is the file's own 4 or 8 bits where it has them, else bf16,
     and changes no number. int8 and int4 round what the file has in more. A GPU knows bf16, int8 and fp8."""

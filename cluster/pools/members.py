@@ -88,7 +88,6 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
     """A worker of a pool, in its first life."""
     pools = config.pools
     total = pools.prefill.workers + pools.decode.workers + pools.mixed.workers
-    device = device_of(config, site)
     return WorkerSpec(
         id=WorkerId(f"{role}-{number}"),
         role=role,
@@ -101,7 +100,7 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         max_running=config.engine.max_running,
         # Two busy OpenMP teams on the same cores collapse: the cores are shared out.
         threads=config.engine.threads or max(1, int(site.cpus) // total),
-        device=device,
+        device=device_of(config, site),
         host=site.host,
         link=config.kv.link,
         wire=config.kv.wire,
@@ -111,7 +110,6 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         cache=site.cache,
         weights=config.weights_of(role),
         activations=config.activations_of(role),
-        nice=config.engine.prefill_nice if (role, device) == ("prefill", "cpu") else 0,
         kernels=config.engine.kernels,
         cuda_graphs=config.engine.cuda_graphs,
         eviction=config.kv.eviction,

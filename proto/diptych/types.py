@@ -600,8 +600,6 @@ class WorkerSpec:
     """Folder for converted weights; empty for none."""
     weights: WeightFormat = "auto"
     activations: Activations = "bf16"
-    nice: int = 0
-    """Of the engine's threads, added to what the process has."""
     kernels: GpuKernels = "auto"
     cuda_graphs: bool = True
     eviction: Eviction = "lru"

@@ -46,8 +46,3 @@ def test_each_pools_workers_are_told_theirs() -> None:
     members = first_members(config(pools__decode__weights="int4", pools__prefill__activations="int8"), site())
     told: list[tuple[WeightFormat, Activations]] = [(each.weights, each.activations) for each in members]
     assert told == [("auto", "int8"), ("int4", "bf16")]
-
-
-@pytest.mark.parametrize(("device", "told"), [("cpu", [7, 0]), ("cuda", [0, 0])])
-def test_engines_for_prompts_step_aside_on_processors(device: str, told: list[int]) -> None:
-    assert [each.nice for each in first_members(config(engine__prefill_nice=7, device=device), site())] == told
