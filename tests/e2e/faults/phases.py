@@ -46,9 +46,9 @@ class Phase:
 
 
 PHASES = {
-    "queued": Phase(600, 30, 24, lambda seen: seen.total("", "waiting_requests") > RUNNING),
+    "queued": Phase(600, 30, 32, lambda seen: seen.total("", "waiting_requests") > RUNNING),
     "prefilling": Phase(3000, 10, 4, lambda seen: seen.total("prefill", "waiting_tokens") > 1000),
-    "prefilled": Phase(400, 700, 14, lambda seen: seen.total("prefill", "blocks_lent") > 0),
+    "prefilled": Phase(400, 700, 20, lambda seen: seen.total("prefill", "blocks_lent") > 0),
     "transferring": Phase(3000, 20, 4, lambda seen: seen.total("decode", "blocks_granted") > 0),
     "decoding": Phase(50, 500, 8, lambda seen: seen.speaking(20) >= RUNNING),
 }

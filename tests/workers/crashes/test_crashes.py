@@ -67,6 +67,7 @@ class Case:
     request: Request
     stopped_at: float = 0.0
     ended_after: float = 0.0
+    cancelling: asyncio.Future[None] | None = None
 
     @property
     def is_cancelled(self) -> bool:
@@ -87,6 +88,12 @@ def requests(prompt: Make, request_for: Make) -> Callable[[str, int], Request]:
     return make
 
 
+async def cancel(case: Case) -> None:
+    """A victim may stop before it answers: it answers when it goes on."""
+    with suppress(WorkerLost):  # it may die of it
+        await case.decode.line.cancel(case.request.id, 0)
+
+
 async def strike(society: Society, case: Case, action: str, warm: Request | None) -> None:
     """Until the victim is dead or stopped."""
     if warm:
@@ -95,8 +102,7 @@ async def strike(society: Society, case: Case, action: str, warm: Request | None
     if case.is_cancelled:
         await case.survivor.until(lambda look: case.request.id in look.handing)
         await case.prefill.until(lambda look: ("granted", "packing") in look.sender)
-        with suppress(WorkerLost):  # it dies of it
-            await case.decode.line.cancel(case.request.id, 0)
+        case.cancelling = asyncio.ensure_future(cancel(case))
     if action == "kill":
         await case.victim.wait_dead()
         assert case.victim.process.exitcode == -signal.SIGKILL
@@ -145,6 +151,8 @@ class Drill:
                 case.victim.send_signal(signal.SIGCONT)
             else:
                 case.victim = await self.society.start(case.victim.id, epoch=1)
+            if case.cancelling:
+                await case.cancelling
         if self.action == "kill":
             await self.society.meet(self.survivor, self.other)
             await self.society.meet(self.survivor, self.other, *(case.victim for case in self.cases))
