@@ -54,6 +54,9 @@ bench-soak: install ## Worker after worker dies under load; REQUESTS=500 DEATHS=
 bench-interference: install ## Decoding streams while long prompts arrive; ARGS="--servers 'aggregated;vllm'"
 	@PYTHONPATH=.:proto exec $(BIN)/python tests/bench/interference.py $(ARGS)
 
+bench-contention: install ## What two engines on cores of their own cost each other: the bound of interference
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.contention $(ARGS)
+
 bench-peak: install ## The most this processor multiplies: the bound of any engine's prefill
 	@PYTHONPATH=.:proto exec $(BIN)/python -m tests.bench.peak $(ARGS)
 

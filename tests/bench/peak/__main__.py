@@ -24,6 +24,13 @@ _NEEDED: Final = frozenset({"avx512f", "avx512_bf16"})
 _STEPS: Final = 10_000_000
 
 
+def peak_work() -> Callable[[int], float]:
+    """Steps of `_CHAINS` instructions each, in registers alone → seconds they took."""
+    work = compiled_library(Path(__file__).with_name("native"), None, needed=_NEEDED).peak_bf16
+    work.argtypes, work.restype = [ctypes.c_int64], ctypes.c_double
+    return work
+
+
 def rate(work: Callable[[int], float], threads: int, team: ThreadPoolExecutor) -> float:
     """Operations a second, all threads at once."""
     seconds = max(team.map(work, [_STEPS] * threads))  # ctypes lets go of the lock meanwhile
@@ -37,9 +44,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=106.2e6, help="in the layers' products; SmolLM2-135M's")
     parser.add_argument("--prompt", type=int, default=512)
     args = parser.parse_args()
-    library = compiled_library(Path(__file__).with_name("native"), None, needed=_NEEDED)
-    work = library.peak_bf16
-    work.argtypes, work.restype = [ctypes.c_int64], ctypes.c_double
+    work = peak_work()
     with ThreadPoolExecutor(args.threads) as team:
         rates = [rate(work, args.threads, team) for _ in range(args.rounds)]
     case, needs = f"bf16, {args.threads} threads", 2 * args.parameters * args.prompt
