@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 
@@ -33,15 +34,32 @@ OURS = {
 def endpoint(name: str, *more: str) -> Iterator[str]:
     """HOST:PORT of its OpenAI API, up and answering."""
     if name == "vllm":
-        with vllm(2) as http:
-            yield http
+        with vllm(2) as server:
+            yield server.http
         return
     with serving(*OURS[name], *more) as cluster:
         yield cluster.http
 
 
+@dataclass(frozen=True)
+class Vllm:
+    """`vllm serve`, up and answering."""
+
+    http: str
+    process: subprocess.Popen[bytes]
+
+    @contextmanager
+    def alone(self) -> Iterator[str]:
+        """Frozen outside of it: starting it again would take a minute, and idling it would take from others."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield self.http
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+
 @contextmanager
-def vllm(threads: int) -> Iterator[str]:
+def vllm(threads: int) -> Iterator[Vllm]:
     from tests.bench.peers.__main__ import MODEL, bf16_folder, resolve
     from tests.clients.clients import vllm_environment
 
@@ -64,7 +82,7 @@ def vllm(threads: int) -> Iterator[str]:
         )
         try:
             wait_until_up(server, f"http://127.0.0.1:{port}/v1/models")
-            yield f"127.0.0.1:{port}"
+            yield Vllm(f"127.0.0.1:{port}", server)
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
