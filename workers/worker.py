@@ -96,6 +96,8 @@ class Worker:
         self._arrivals = itertools.count()
         self._stopping = False
         self._draining = False
+        self._met: dict[WorkerId, int] = {}
+        """The newest incarnation of each worker that was ever met."""
         self._orders: set[tuple[RequestId, int]] = set()
         """Orders of decode workers that were not answered yet."""
         self._grants: set[tuple[RequestId, int]] = set()
@@ -142,8 +144,7 @@ class Worker:
     async def meet(self, peers: Mapping[WorkerId, Peer]) -> None:
         """All the other members, from now on. Returns when it is known how their KV comes here."""
         for worker in self._calls.meet(dict(peers)):
-            for side in (self._roles.receiver, self._roles.sender, self._roles.prefill, self._roles.lender):
-                self._engine.post(side.peer_left, worker, f"{worker} left")
+            self._peer_left(worker, f"{worker} left")
         await asyncio.gather(*(self._meet(worker, peer) for worker, peer in peers.items()))
 
     async def _meet(self, worker: WorkerId, peer: Peer) -> None:
@@ -151,11 +152,22 @@ class Worker:
             offer = await asyncio.wait_for(peer.offer(), self.spec.lease_seconds)
         except (ServingError, TimeoutError):
             return  # it is dying, and whoever follows it will be met
+        known = self._met.get(worker, offer.epoch)
+        if offer.epoch < known:
+            return  # its successor was met meanwhile
+        if offer.epoch > known:
+            self._peer_left(worker, f"{worker} was started again")
+        self._met[worker] = offer.epoch
         try:
             source = await asyncio.to_thread(self._acquaintance.source, offer)
         except (LayoutMismatch, TransferFailed) as error:
             source = error
-        self._engine.post(self._roles.receiver.met, worker, source)
+        if self._met[worker] == offer.epoch:
+            self._engine.post(self._roles.receiver.met, worker, source)
+
+    def _peer_left(self, worker: WorkerId, reason: str) -> None:
+        for side in (self._roles.receiver, self._roles.sender, self._roles.prefill, self._roles.lender):
+            self._engine.post(side.peer_left, worker, reason)
 
     def report_to(self, report: Callable[[Report], Awaitable[bool]]) -> None:
         """Where reports go. A new scheduler gets a full one."""

@@ -392,6 +392,8 @@ class KvParcel:
     transfer: TransferId
     leg: int
     """Which of the ticket's legs."""
+    pair: str
+    """The key of its pair's address: epochs of different pairs, and of a sender's incarnations, are alike."""
     epoch: int
     """The pair's."""
     sequence: int

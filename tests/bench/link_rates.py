@@ -61,6 +61,7 @@ def chunk(number: int) -> KvParcel:
     return KvParcel(
         transfer=TransferId("t"),
         leg=0,
+        pair="p>d",
         epoch=1,
         sequence=number,
         first=0,

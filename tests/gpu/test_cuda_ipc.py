@@ -27,6 +27,7 @@ def _parcel(sequence: int, generations: tuple[int, ...]) -> KvParcel:
     return KvParcel(
         transfer=TransferId("t"),
         leg=0,
+        pair="p>d",
         epoch=1,
         sequence=sequence,
         first=0,

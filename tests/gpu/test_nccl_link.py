@@ -19,7 +19,9 @@ FIRST_WITH_SHARED_GPU = (2, 30, 3)
 
 
 def _parcel(sequence: int) -> KvParcel:
-    return KvParcel(transfer=TransferId("t"), leg=0, epoch=1, sequence=sequence, first=0, count=1, nbytes=NBYTES)
+    return KvParcel(
+        transfer=TransferId("t"), leg=0, pair="p>d", epoch=1, sequence=sequence, first=0, count=1, nbytes=NBYTES
+    )
 
 
 def _receive(pipe: Connection) -> None:

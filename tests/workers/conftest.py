@@ -233,10 +233,11 @@ class Pair:
     """p and d, who know each other through `to_p` (d's calls) and `to_d` (p's calls)."""
 
     def __init__(self, prefill: WorkerSpec, decode: WorkerSpec) -> None:
-        neighbours = Neighbours()
+        self.neighbours = neighbours = Neighbours()
         self.p, self.d = Worker(prefill, neighbours), Worker(decode, neighbours)
         self.to_p, self.to_d = Wire(self.p), Wire(self.d)
         self.front = Front()
+        self.read: Callable[[Worker], None] = lambda _: None
         self.reports: dict[WorkerId, Report] = {}
         self.remote = Placement(decode=decode.id, prefill=prefill.id, how="remote", reason="")
         self.local = Placement(decode=decode.id, prefill=None, how="local", reason="")
@@ -251,6 +252,18 @@ class Pair:
         await self.front.wait_for(lambda: all(self.front.is_over(request.id) for request in requests))
         assert not self.front.failures
         return [self.front.answer(request.id) for request in requests]
+
+    async def replace_prefill(self) -> None:
+        """By its next incarnation. d meets it at once: nobody told that the one before left."""
+        await self.settle()
+        before, spec = self.p, self.p.spec
+        self.p = Worker(replace(spec, epoch=spec.epoch + 1), self.neighbours)
+        self.to_p = Wire(self.p)
+        await self.p.start()
+        self.read(self.p)
+        await self.p.meet({self.d.spec.id: self.to_d})
+        await self.d.meet({spec.id: self.to_p})
+        assert await before.stop()
 
     async def see(self, worker: Worker, what: Callable[[Roles], T]) -> T:
         """What a worker's engine thread sees between two steps."""
@@ -347,6 +360,7 @@ def pair(spec: WorkerSpec) -> Callable[..., Any]:
         await pair.p.meet({pair.d.spec.id: pair.to_d})
         await pair.d.meet({pair.p.spec.id: pair.to_p})
         readers = [asyncio.ensure_future(pair.front.read(worker, "front")) for worker in (pair.p, pair.d)]
+        pair.read = lambda worker: readers.append(asyncio.ensure_future(pair.front.read(worker, "front")))
         await asyncio.sleep(0)  # both read from here on
         try:
             yield pair

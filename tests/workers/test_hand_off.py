@@ -189,3 +189,22 @@ def test_many_at_once_all_end_and_leave_nothing(run: Make, pair: Make, prompt: M
             assert remote == local
 
     run(test())
+
+
+def test_a_worker_in_the_place_of_another_sends_its_own_kv(
+    run: Make, pair: Make, bench: Make, prompt: Make, request_for: Make
+) -> None:
+    """Its blocks have the numbers and the generations that those of the one before it had."""
+
+    async def test() -> None:
+        requests = [request_for(prompt(40, seed=seed)) for seed in range(1, 25)]
+        async with pair(link="loopback", verify="off") as two:
+            await two.answers(request_for(prompt(1000)))
+            await two.replace_prefill()
+            # One after the other: each has a parcel of its own.
+            answers = [(await two.answers(request))[0] for request in requests]
+            assert {two.front.served(request.id).how for request in requests} == {"remote"}
+            assert (await two.counters(two.d)).transfers_failed == 0
+        assert answers == bench().answers(*requests)
+
+    run(test())

@@ -48,5 +48,6 @@ class Verifier:
 
 
 def _words(parcel: KvParcel) -> bytes:
-    said = (parcel.transfer, parcel.leg, parcel.epoch, parcel.sequence, parcel.first, parcel.count, parcel.nbytes)
+    where = (parcel.transfer, parcel.leg, parcel.pair, parcel.epoch)
+    said = (*where, parcel.sequence, parcel.first, parcel.count, parcel.nbytes)
     return "\x1f".join(map(str, said)).encode() + b"\x1f"

@@ -76,9 +76,11 @@ class ReceiverPairs:
 
     def expect(self, sender: WorkerId, parcel: KvParcel) -> None:
         """For any thread: receive it whatever became of its ticket, for the pair's order must hold."""
-        for key, pair in tuple(self._pairs.items()):
-            if self._senders.get(key) == sender and pair.leg == parcel.leg and pair.address.epoch == parcel.epoch:
-                pair.expect(parcel)
+        pair = self._pairs.get(parcel.pair)
+        if pair is None or self._senders.get(parcel.pair) != sender:
+            return
+        if pair.leg == parcel.leg and pair.address.epoch == parcel.epoch:
+            pair.expect(parcel)
 
     def retire(self, addresses: Iterable[PairAddress], reason: str) -> None:
         """They are in doubt."""
@@ -212,6 +214,11 @@ class SenderPairs:
             pair.close()
         for pair in self._pairs.values():
             pair.wait_closed(self._spec.lease_seconds)
+
+
+def is_of(address: PairAddress, sender: WorkerSpec) -> bool:
+    """Whether that incarnation of a worker is the pair's sender."""
+    return address.key.startswith(f"{sender.id}.{sender.epoch}/")
 
 
 def _key(offer: KvOffer, leg: KvLeg, receiver: WorkerSpec) -> str:

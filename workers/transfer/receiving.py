@@ -289,7 +289,10 @@ class Receiver:
     def _problem(self, promise: Promise, parcel: KvParcel, packed: Tensor) -> str | None:
         """Why this parcel must not land; None when it may."""
         ticket, layout, pool = promise.ticket, self._engine.layout, self._engine.pool
-        if not 0 <= parcel.leg < len(ticket.legs) or parcel.epoch != ticket.addresses[parcel.leg].epoch:
+        if not 0 <= parcel.leg < len(ticket.legs):
+            return f"parcel {parcel.sequence} is of leg {parcel.leg}, of which the ticket knows nothing"
+        address = ticket.addresses[parcel.leg]
+        if (parcel.pair, parcel.epoch) != (address.key, address.epoch):
             return f"parcel {parcel.sequence} came over another pair"
         if parcel.first != promise.landed[parcel.leg]:
             return f"parcel {parcel.sequence} came out of order"

@@ -13,7 +13,7 @@ from workers.engine.engine import Engine
 from workers.peers import Effects
 from workers.transfer.buffers import Buffers
 from workers.transfer.pair import Shipment
-from workers.transfer.pairs import READS, SenderPairs
+from workers.transfer.pairs import READS, SenderPairs, is_of
 from workers.transfer.states import State, Transfer
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Sender:
 
     def accept(self, outbound: Outbound, ticket: KvTicket) -> None:
         """Its ticket is here."""
+        if not all(is_of(address, self._spec) for address in ticket.addresses):
+            # Read with our blocks' numbers, the arena of who was here before would give other content.
+            outbound.failed(f"its ticket is for another incarnation of {self._spec.id}")
+            return
         if any(self._pairs.is_stale(address) for address in ticket.addresses):
             outbound.failed("its pair was rebuilt")
             return
@@ -106,6 +110,7 @@ class Sender:
         parcel = KvParcel(
             transfer=ticket.transfer,
             leg=leg,
+            pair=ticket.addresses[leg].key,
             epoch=ticket.addresses[leg].epoch,
             sequence=0,  # the pair numbers it when it leaves
             first=first - ticket.first,

@@ -14,7 +14,8 @@ from workers.transfer.checksum import SAMPLE_EVERY, Verifier
 
 
 def parcel(sequence: int, checksum: bytes | None = None, **words: Any) -> KvParcel:
-    values = {"transfer": TransferId("t"), "leg": 0, "epoch": 1, "first": 0, "count": 1, "nbytes": 1000, **words}
+    where = {"transfer": TransferId("t"), "leg": 0, "pair": "p>d", "epoch": 1}
+    values = {**where, "first": 0, "count": 1, "nbytes": 1000, **words}
     return KvParcel(sequence=sequence, checksum=checksum, **values)
 
 
@@ -24,7 +25,7 @@ def checksum(verifier: Verifier, sequence: int) -> bytes | None:
 
 BYTES = torch.arange(1000, dtype=torch.int32).to(torch.uint8)
 RAW = bytes(BYTES.tolist())
-WORDS = b"t\x1f0\x1f1\x1f%d\x1f0\x1f1\x1f1000\x1f"
+WORDS = b"t\x1f0\x1fp>d\x1f1\x1f%d\x1f0\x1f1\x1f1000\x1f"
 
 
 def flipped(at: int) -> torch.Tensor:

@@ -61,6 +61,7 @@ class Owner:
         return KvParcel(
             transfer=TransferId("t"),
             leg=0,
+            pair="p>d",
             epoch=1,
             sequence=sequence,
             first=number,

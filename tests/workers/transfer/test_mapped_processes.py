@@ -98,6 +98,7 @@ def parcel_of(blocks: range, generation: int = 0) -> KvParcel:
     return KvParcel(
         transfer=TransferId("t"),
         leg=0,
+        pair="p>d",
         epoch=1,
         sequence=0,
         first=0,

@@ -32,7 +32,7 @@ def place() -> MeetingPlace:
 
 def shipment(number: int, announce: Callable[[KvParcel], None], sent: Callable[[KvParcel], None]) -> Shipment:
     packed = torch.full((1000 * number + 8,), number % 256, dtype=torch.uint8)
-    parcel = KvParcel(transfer="t", leg=0, epoch=1, sequence=0, first=number, count=1, nbytes=len(packed))
+    parcel = KvParcel(transfer="t", leg=0, pair="p>d", epoch=1, sequence=0, first=number, count=1, nbytes=len(packed))
     return Shipment(parcel=parcel, content=lambda: packed, announce=announce, sent=sent)
 
 
@@ -95,7 +95,7 @@ def test_close_ends_a_receive_that_waits(ends: Callable[..., Ends]) -> None:
     pair = ends()
     pair.ship(0)
     pair.landed.get(timeout=WAIT_SECONDS)
-    pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=1, first=0, count=1, nbytes=100))
+    pair.receiver.expect(KvParcel(transfer="t", leg=0, pair="p>d", epoch=1, sequence=1, first=0, count=1, nbytes=100))
     pair.receiver.close()
     assert pair.receiver.wait_closed(WAIT_SECONDS / 2)
 
@@ -121,7 +121,9 @@ def test_close_ends_a_wait_for_the_other_side(ends: Callable[..., Ends], side: s
         pair.ship(0, lambda _: waits.set())
         waits.wait(WAIT_SECONDS)
     else:
-        pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=0, first=0, count=1, nbytes=100))
+        pair.receiver.expect(
+            KvParcel(transfer="t", leg=0, pair="p>d", epoch=1, sequence=0, first=0, count=1, nbytes=100)
+        )
     end = getattr(pair, side)
     end.close()
     assert end.wait_closed(WAIT_SECONDS)
@@ -140,7 +142,7 @@ def test_who_comes_after_the_other_gave_up_does_not_wait_for_it(ends: Callable[.
         assert pair.sender.wait_closed(WAIT_SECONDS)
         pair.receiver.expect(parcel)
     else:
-        pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=0, first=0, count=1, nbytes=8))
+        pair.receiver.expect(KvParcel(transfer="t", leg=0, pair="p>d", epoch=1, sequence=0, first=0, count=1, nbytes=8))
         while not any("here/receiver" in key for key in keys(pair.place, pair.address.key)):
             pass
         pair.receiver.close()
@@ -175,7 +177,7 @@ def test_the_death_of_one_end_is_heard_at_the_other(ends: Callable[..., Ends]) -
     pair.ship(0)
     pair.landed.get(timeout=WAIT_SECONDS)
     pair.sent.get(timeout=WAIT_SECONDS)  # or its own end breaks first
-    pair.receiver.expect(KvParcel(transfer="t", leg=0, epoch=1, sequence=1, first=0, count=1, nbytes=100))
+    pair.receiver.expect(KvParcel(transfer="t", leg=0, pair="p>d", epoch=1, sequence=1, first=0, count=1, nbytes=100))
     pair.sender.close()
     side, error = pair.broken.get(timeout=WAIT_SECONDS)
     assert (side, type(error)) == ("receiver", TransferFailed)

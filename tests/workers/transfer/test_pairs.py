@@ -5,12 +5,24 @@ from __future__ import annotations
 import queue
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
+from torch import Tensor
 
-from diptych.types import BlockId, KvLayout, KvOffer, KvParcel, KvSource, ModelSource, TransferId, WorkerId, WorkerSpec
+from diptych.types import (
+    BlockId,
+    KvLayout,
+    KvOffer,
+    KvParcel,
+    KvSource,
+    ModelSource,
+    PairAddress,
+    TransferId,
+    WorkerId,
+    WorkerSpec,
+)
 from kernels import granule_bytes
 from workers.engine.kv_memory import private_memory
 from workers.transfer.buffers import Buffers
@@ -45,29 +57,64 @@ SPEC = WorkerSpec(
 )
 
 
-def parcel(sequence: int, epoch: int) -> KvParcel:
+def parcel(sequence: int, address: PairAddress) -> KvParcel:
     where = KvSource(blocks=(BlockId(0),), generations=(0,), skip=0, first_head=0, heads=1, wire="fp32")
     size = granule_bytes(1, 1, 4, "fp32")
     return KvParcel(
-        transfer=TransferId("t"), leg=0, epoch=epoch, sequence=sequence, first=0, count=1, nbytes=size, source=where
+        transfer=TransferId("t"),
+        leg=0,
+        pair=address.key,
+        epoch=address.epoch,
+        sequence=sequence,
+        first=0,
+        count=1,
+        nbytes=size,
+        source=where,
     )
 
 
-def test_a_parcel_announced_at_any_moment_while_a_ticket_is_written_is_received() -> None:
-    landed: queue.Queue[KvParcel] = queue.Queue()
-    pairs = ReceiverPairs(
+Landed: TypeAlias = "queue.Queue[tuple[KvParcel, Tensor | None]]"
+
+
+def receiver_pairs(landed: Landed) -> ReceiverPairs:
+    return ReceiverPairs(
         SPEC,
         MeetingPlace(HOST, WAIT_SECONDS),
         lambda what, *arguments: what(*arguments),
         Buffers(),
-        landed=lambda parcel, _: landed.put(parcel),
+        landed=lambda parcel, packed: landed.put((parcel, packed)),
         void=lambda _, reason: pytest.fail(reason),
         in_use=set,
     )
+
+
+def sender(epoch: int, content: float) -> Source:
+    """An incarnation of the sender, whose one block is full of a number."""
     memory = private_memory(LAYOUT, 1, torch.device("cpu"))
-    offer = KvOffer(worker=SENDER, epoch=0, layout=LAYOUT, device="cpu")
+    memory.arena.fill_(content)
+    offer = KvOffer(worker=SENDER, epoch=epoch, layout=LAYOUT, device="cpu")
     view = ArenaView(memory.arena, memory.generations)
-    source = Source(offer=offer, link="loopback", wire="fp32", legs=match_legs(LAYOUT, LAYOUT), view=view)
+    return Source(offer=offer, link="loopback", wire="fp32", legs=match_legs(LAYOUT, LAYOUT), view=view)
+
+
+def test_a_parcel_is_read_from_the_incarnation_that_announced_it() -> None:
+    landed: Landed = queue.Queue()
+    pairs = receiver_pairs(landed)
+    [before], [after] = pairs.addresses(sender(epoch=0, content=1.0)), pairs.addresses(sender(epoch=1, content=2.0))
+    assert before.epoch == after.epoch, "each is its pair's first"
+    for address, content in ((after, 2.0), (before, 1.0)):
+        pairs.expect(SENDER, parcel(0, address))
+        came, packed = landed.get(timeout=WAIT_SECONDS)
+        assert came.pair == address.key
+        assert packed is not None
+        assert set(packed.view(torch.float32).tolist()) == {content}
+    pairs.close()
+    assert landed.empty(), "nobody else received them, too"
+
+
+def test_a_parcel_announced_at_any_moment_while_a_ticket_is_written_is_received() -> None:
+    landed: Landed = queue.Queue()
+    pairs, source = receiver_pairs(landed), sender(epoch=0, content=0.0)
     [address] = pairs.addresses(source)
     announced = 0
 
@@ -78,7 +125,7 @@ def test_a_parcel_announced_at_any_moment_while_a_ticket_is_written_is_received(
             return None
         if event == "line":
             sys.settrace(None)
-            pairs.expect(SENDER, parcel(announced, address.epoch))
+            pairs.expect(SENDER, parcel(announced, address))
             announced += 1
             sys.settrace(announce)
         return announce
@@ -90,5 +137,5 @@ def test_a_parcel_announced_at_any_moment_while_a_ticket_is_written_is_received(
     finally:
         sys.settrace(before)
     assert announced > 3
-    assert [landed.get(timeout=WAIT_SECONDS).sequence for _ in range(announced)] == list(range(announced))
+    assert [landed.get(timeout=WAIT_SECONDS)[0].sequence for _ in range(announced)] == list(range(announced))
     pairs.close()
