@@ -110,6 +110,9 @@ class Estimate:
     """What the prompt adds to the steps that compute it."""
     compute: Array
     """Those steps as a whole, with what else they decode."""
+    work: Array
+    """As `compute`, at the pace that is its kind's: equal workers never measure the same, and the one that seems the
+    fastest would get all that is usual to wait for while the others idle."""
     first_token: Array
     """From now: wait, fetch and compute."""
 
@@ -147,9 +150,13 @@ def estimate(fleet: Fleet, asked: Asked) -> Estimate:
     holder, second, fetched, fetch = _fetch(fleet, prompt_tokens, held * fleet.alive, reused)
     computed = missing if fetched is None else missing - fetched
     prompt = computed * (fleet.token_seconds + fleet.pair_seconds * (prompt_tokens - computed * 0.5))
-    compute = fleet.beside_seconds + prompt
+    steps = 1.0
     if prompt_tokens > fleet.least_step_tokens:
-        compute += fleet.beside_seconds * np.floor((computed - 1.0) / fleet.step_tokens)
+        steps = 1.0 + np.floor((computed - 1.0) / fleet.step_tokens)
+    compute = steps * fleet.beside_seconds + prompt
+    work = steps * (fleet.beside_seconds - fleet.step_seconds + fleet.kind_step_seconds) + computed * (
+        fleet.kind_token_seconds + fleet.kind_pair_seconds * (prompt_tokens - computed * 0.5)
+    )
     wait = np.maximum(fleet.idle_at[asked.rank] - asked.now, 0.0)
     first_token = wait + compute
     if fetch is not None:
@@ -165,6 +172,7 @@ def estimate(fleet: Fleet, asked: Asked) -> Estimate:
         second_holder=second,
         prompt=prompt,
         compute=compute,
+        work=work,
         first_token=first_token,
         transfer=fleet.exposed_seconds + fleet.exposed_token_seconds * missing,
         room=_room(fleet, missing, answer_tokens, step),

@@ -59,6 +59,10 @@ class Fleet:
         self.pair_seconds = _column(STEP_PRIOR[2])
         self.row_seconds = _column(STEP_PRIOR[3])
         self.context_seconds = _column(STEP_PRIOR[4])
+        self.kind_step_seconds = _column(STEP_PRIOR[0])
+        """As above, in the mean of its kind."""
+        self.kind_token_seconds = _column(STEP_PRIOR[1])
+        self.kind_pair_seconds = _column(STEP_PRIOR[2])
         self.step_tokens = _column(np.inf)
         """Most prompt tokens seen in one step."""
         self.fetch_seconds = _column(TRANSFER_PRIOR[0], 2)

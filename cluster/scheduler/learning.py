@@ -52,6 +52,7 @@ class Learning:
         """It starts from the mean of its kind."""
         self._slots[worker] = slot, device
         self._write_steps(worker)
+        self._write_kind(device)
         for kind in (NEAR, FAR):
             self._write_links(worker, kind)
 
@@ -85,6 +86,8 @@ class Learning:
         for other in self._slots if kind_moved else (worker,):
             if other == worker or other not in self._steps:
                 self._write_steps(other)
+        if kind_moved:
+            self._write_kind(device)
 
     def _learn_transfers(self, worker: WorkerId, kind: int, samples: list[TransferSample]) -> None:
         samples = [one for one in samples if one.seconds > 0]
@@ -107,6 +110,14 @@ class Learning:
         for column, rate in zip(columns, rates, strict=True):
             column[slot] = rate
         fleet.rates_changed(slot)
+
+    def _write_kind(self, device: str) -> None:
+        slots = [slot for slot, kind in self._slots.values() if kind == device]
+        fleet, rates = self._fleet, self._steps.mean(device)
+        for column, rate in zip(
+            (fleet.kind_step_seconds, fleet.kind_token_seconds, fleet.kind_pair_seconds), rates, strict=False
+        ):
+            column[slots] = rate
 
     def _write_links(self, worker: WorkerId, kind: int) -> None:
         slot, _ = self._slots[worker]

@@ -35,6 +35,7 @@ _COLUMNS: Final = (
     *("fetch_seconds", "fetch_token_seconds", "exposed_seconds", "exposed_token_seconds"),
     *("idle_at", "rows", "row_seconds", "context_seconds", "context_tokens", "room_tokens", "tie"),
     *("block_tokens", "most_tokens", "host", "prefill", "decode", "mixed", "alive"),
+    *("step_seconds", "kind_step_seconds", "kind_token_seconds", "kind_pair_seconds"),
 )
 _WEIGHTS: Final = Struct("=6d").pack(
     rule.WITHIN, rule.BEYOND, rule.USUAL_WITHIN, rule.USUAL_JUMP, rule.USUAL_BEYOND, rule.NO_WAIT
@@ -43,7 +44,7 @@ _ASKED: Final = Struct("=11q12d")
 _TOKENS: Final = Struct("=d")
 _RULES: Final = {"auto": 0, "remote": 1, "local": 2}
 _HOWS: Final[tuple[How, How, How]] = ("local", "mixed", "remote")
-_ROWS: Final = 19
+_ROWS: Final = 20
 _NOBODY: Final = float("nan")
 """Stands for None where seconds were promised by nobody."""
 
@@ -70,6 +71,7 @@ class NativeCosts(NamedTuple):
             second_holder=int(second),
             prompt=rows[4],
             compute=rows[5],
+            work=rows[19],
             first_token=rows[6],
             transfer=rows[7:9],
             room=rows[9] if waits else None,

@@ -37,9 +37,9 @@ def compute_cost(estimate: Estimate, wish: float | None, usual: float | None) ->
     """Of computing the prompt there: its first token, and the work that whoever comes next finds queued."""
     first_token = estimate.first_token
     if wish is not None or usual is None:
-        return _weighed(first_token, wish) + estimate.compute
+        return _weighed(first_token, wish) + estimate.work
     late = USUAL_JUMP * usual + USUAL_BEYOND * (first_token - usual)
-    return USUAL_WITHIN * first_token + (first_token > usual) * late + estimate.compute
+    return USUAL_WITHIN * first_token + (first_token > usual) * late + estimate.work
 
 
 def decode_cost(estimate: Estimate, wish: float | None) -> Array:

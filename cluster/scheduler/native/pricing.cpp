@@ -20,6 +20,7 @@ struct Columns {
     const double *beside, *token, *pair, *step_tokens, *fetch, *fetch_token, *exposed, *exposed_token;
     const double *idle_at, *rows, *row, *context, *context_tokens, *room_tokens, *tie;
     const double *block_tokens, *most_tokens, *host, *prefill, *decode, *mixed, *alive;
+    const double *step, *kind_step, *kind_token, *kind_pair;
     const int64_t *order, *starts;
 };
 
@@ -41,7 +42,7 @@ struct Asked {
 // Rows of what is found, as cluster.scheduler.native_pricing reads them.
 enum Row {
     WAIT, REUSED, FETCHED, FETCH, PROMPT, COMPUTE, FIRST_TOKEN, TRANSFER, ROOM = TRANSFER + 2, STEP, GROWTH, ROWS,
-    MISSING, PREFILL, DECODE, LOCALLY = DECODE + 2, MIXEDLY
+    MISSING, PREFILL, DECODE, LOCALLY = DECODE + 2, MIXEDLY, WORK
 };
 
 struct Answer {
@@ -269,14 +270,18 @@ class Pricing {
 
     void compute() {
         double *wait = row(WAIT), *prompt = row(PROMPT), *compute = row(COMPUTE), *first_token = row(FIRST_TOKEN);
+        double *work = row(WORK);
         const double *missing = row(MISSING), *fetched = row(FETCHED), *fetch = row(FETCH);
         const double *idle_at = fleet_.idle_at + asked_.rank * slots_;
         bool chunked = asked_.prompt_tokens > asked_.least_step_tokens;
         for (int64_t i = 0; i < slots_; ++i) {
             double computed = fetches_ ? missing[i] - fetched[i] : missing[i];
             prompt[i] = computed * (fleet_.token[i] + fleet_.pair[i] * (asked_.prompt_tokens - computed * 0.5));
-            compute[i] = fleet_.beside[i] + prompt[i];
-            if (chunked) compute[i] += fleet_.beside[i] * std::floor((computed - 1.0) / fleet_.step_tokens[i]);
+            double steps = chunked ? 1.0 + std::floor((computed - 1.0) / fleet_.step_tokens[i]) : 1.0;
+            compute[i] = steps * fleet_.beside[i] + prompt[i];
+            double pairs = asked_.prompt_tokens - computed * 0.5;
+            work[i] = steps * (fleet_.beside[i] - fleet_.step[i] + fleet_.kind_step[i]) +
+                      computed * (fleet_.kind_token[i] + fleet_.kind_pair[i] * pairs);
             wait[i] = most(idle_at[i] - asked_.now, 0.0);
             first_token[i] = wait[i] + compute[i];
             if (fetches_) first_token[i] += fetch[i];
@@ -313,15 +318,15 @@ class Pricing {
     }
 
     void compute_cost(double *costs) const {
-        const double *first_token = row(FIRST_TOKEN), *compute = row(COMPUTE);
+        const double *first_token = row(FIRST_TOKEN), *work = row(WORK);
         double usual = asked_.usual;
         if (asked_.ttft == asked_.ttft || usual != usual) {
-            for (int64_t i = 0; i < slots_; ++i) costs[i] = weighed(first_token[i], asked_.ttft) + compute[i];
+            for (int64_t i = 0; i < slots_; ++i) costs[i] = weighed(first_token[i], asked_.ttft) + work[i];
             return;
         }
         for (int64_t i = 0; i < slots_; ++i) {
             double late = weights_.usual_jump * usual + weights_.usual_beyond * (first_token[i] - usual);
-            costs[i] = weights_.usual_within * first_token[i] + (first_token[i] > usual) * late + compute[i];
+            costs[i] = weights_.usual_within * first_token[i] + (first_token[i] > usual) * late + work[i];
         }
     }
 

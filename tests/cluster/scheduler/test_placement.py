@@ -25,6 +25,7 @@ from diptych.types import (
     Outcome,
     Report,
     RequestId,
+    StepSample,
     Stored,
     TransferSample,
     WorkerId,
@@ -62,6 +63,7 @@ class Cluster:
         running: int = 0,
         free: int = 1000,
         transfers: tuple[TransferSample, ...] = (),
+        steps: tuple[StepSample, ...] = (),
         at: float = 0.0,
     ) -> None:
         load = Load(waiting_tokens=waiting, running_requests=running, blocks_free=free)
@@ -74,6 +76,7 @@ class Cluster:
             events=(Stored(NAMES[:stored]),),
             full=True,
             transfers=transfers,
+            steps=steps,
         )
         self._numbers[worker] += 1
         self.view.apply(Reported(report=report, at=at))
@@ -85,6 +88,12 @@ class Cluster:
         )
         for _ in range(20):
             self.report(worker, transfers=(told,))
+
+    def slow_steps(self, worker: str, token_seconds: float) -> None:
+        """Each prompt token takes it so long."""
+        for tokens in range(100, 900, 40):
+            told = StepSample(1, tokens, tokens * tokens / 2, 0.0, 0.0, token_seconds * tokens)
+            self.report(worker, steps=(told,))
 
     def place(
         self,
@@ -224,6 +233,22 @@ def test_a_burst_between_two_reports_spreads_evenly(cluster: Callable[[str], Clu
     placements = [some.place(how="remote", counted=True, new=bytes([one])).placement for one in range(30)]
     assert set(Counter(placement.prefill for placement in placements).values()) == {10}
     assert set(Counter(placement.decode for placement in placements).values()) == {10}
+
+
+def test_nobody_queues_at_the_worker_that_measured_faster_steps_while_its_equal_idles(
+    cluster: Callable[[str], Cluster],
+) -> None:
+    some = cluster("p0 p1 d0")
+    some.slow_steps("p0", 1e-4)
+    some.slow_steps("p1", 1.5e-4)
+    for one in range(60):
+        some.place(how="remote", counted=True, new=bytes([one]))
+    some.report("p0", waiting=1500, at=9.0)
+    some.report("p1", at=9.0)
+    usual = some.view.usual.seconds
+    assert usual is not None
+    assert usual > 1.0, "what waits at p0 is well within it"
+    assert some.place(how="remote", at=9.0, new=b"new").placement.prefill == "p1"
 
 
 def test_equal_workers_take_turns_even_when_every_report_says_idle(cluster: Callable[[str], Cluster]) -> None:

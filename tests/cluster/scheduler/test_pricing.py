@@ -69,6 +69,9 @@ def some_fleet(drawn: random.Random, workers: int, *, tied: bool, odd: bool) -> 
         column.flat = [number(scale) for _ in range(column.size)]
     fleet.room_tokens[:] = [number(drawn.choice((1e5, 1e3))) - 500 for _ in range(len(fleet))]
     fleet.saw_step(drawn.randrange(len(fleet)), drawn.choice((0.0, 256.0)))
+    kinds = random.Random(workers)
+    for column in (fleet.step_seconds, fleet.kind_step_seconds, fleet.kind_token_seconds, fleet.kind_pair_seconds):
+        column.flat = [kinds.choice((1e-4, 2e-4, 3e-3)) for _ in range(column.size)]
     return fleet
 
 
