@@ -67,7 +67,8 @@ def chosen_attention(
         by = "flashinfer" if asked == "flashinfer" or speed >= _WORTH_IT else "triton"
         if by == "flashinfer":
             taken = taken._replace(**{part: getattr(theirs, part)})
-        told.append(f"{_WORDS[part]} {by} ({asked}: flashinfer has {speed:.2f}x the pace of triton)")
+        measured = f"flashinfer has {speed:.2f}x the pace of triton"
+        told.append(f"{_WORDS[part]} {by} ({'auto: ' if asked == 'auto' else ''}{measured})")
     if graphs:
         told.append("of decoding triton (CUDA graphs)")
     return Choice(taken, f", attention {', '.join(told)}")
