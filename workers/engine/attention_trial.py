@@ -59,14 +59,23 @@ CHECKED: Final = Lengths(
 TIMED: Final = Lengths((1024,) * 32, ((0, 1024), (1024, 512), (512, 512)))
 
 
-def difference(part: Part, ours: Attention, theirs: Attention, shape: Shape, device: torch.device) -> float:
+def difference(
+    part: Part,
+    ours: Attention,
+    theirs: Attention,
+    shape: Shape,
+    device: torch.device,
+    lengths: Lengths = CHECKED,
+    *,
+    small: bool = True,
+) -> float:
     """The largest, as a share of what rounding explains: above 1 they disagree. Infinite where a number is missing,
-    or one is written that belongs to the other part."""
-    problem = _Problem(shape, CHECKED, device)
-    decoding, chunks = slice(0, len(CHECKED.decodes)), slice(len(CHECKED.decodes), None)
+    or one is written that belongs to the other part. small: windows and caps are made so"""
+    problem = _Problem(shape, lengths, device)
+    decoding, chunks = slice(0, len(lengths.decodes)), slice(len(lengths.decodes), None)
     rows, others = (decoding, chunks) if part == "decode" else (chunks, decoding)
     worst = 0.0
-    for look in dict.fromkeys(map(_made_small, shape.looks)):
+    for look in dict.fromkeys(map(_made_small, shape.looks) if small else shape.looks):
         wanted, found = (problem.computed(getattr(each, part), look) for each in (ours, theirs))
         if not found[others].isnan().all():
             return torch.inf

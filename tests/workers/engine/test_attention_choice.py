@@ -14,7 +14,7 @@ from kernels.gpu.attention import Attend, Attention, PagedBatch
 from kernels.gpu.paged import Look
 from tests.kernels.attention_ways import Fault, reference_attention, torch_attention
 from workers.engine.attention_choice import Candidate, Choice, chosen_attention
-from workers.engine.attention_trial import Lengths, Shape, difference, pace
+from workers.engine.attention_trial import CHECKED, Lengths, Shape, difference, pace
 from workers.engine.model_config import UnsupportedModel
 
 CPU = torch.device("cpu")
@@ -119,6 +119,27 @@ def test_what_breaks_is_told_and_not_taken(caplog: pytest.LogCaptureFixture) -> 
     assert "Ninja build failed" in caplog.text
     with pytest.raises(UnsupportedModel, match="FlashInfer failed: RuntimeError: Ninja build failed; set it to"):
         choose("flashinfer", Attention(broken, broken))
+
+
+def test_what_is_right_only_in_small_is_not_taken() -> None:
+    ours, few = slowed(OURS), sum(count for _, count in CHECKED.chunks) + len(CHECKED.decodes)
+
+    def beyond(fault: Any) -> Attend:
+        wrong = torch_attention(fault).prefill if fault else None
+
+        def attend(query: Tensor, layer: Tensor, batch: PagedBatch, look: Look, out: Tensor) -> None:
+            if len(query) == few:
+                return OURS.prefill(query, layer, batch, look, out)
+            if wrong is None:
+                raise RuntimeError("workspace is too small")
+            return wrong(query, layer, batch, look, out)
+
+        return attend
+
+    for fault, told in (("last key", "results lie "), ("", "FlashInfer failed: RuntimeError: workspace is too small")):
+        choice = choose("auto", Attention(OURS.decode, beyond(fault)), ours)
+        assert choice.attention == ours
+        assert told in choice.how
 
 
 def test_what_is_not_there_is_not_tried() -> None:
