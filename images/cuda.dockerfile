@@ -13,7 +13,7 @@ FROM ${BASE} AS packages
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /wheels
 RUN python -m venv /opt/diptych
-# Not the constraints' torch: that may be a build without CUDA. cupy is for fused kernels.
+# Not the constraints' torch: that may be a build without CUDA. cupy maps KV memory into other processes.
 RUN grep -v '^torch==' /tmp/constraints.txt >/tmp/constraints-cuda.txt
 RUN /opt/diptych/bin/pip install --no-cache-dir --constraint /tmp/constraints-cuda.txt "$(echo /wheels/*.whl)[cuda]"
 

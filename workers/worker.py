@@ -366,7 +366,7 @@ class Worker:
             device=device,
             threads=spec.threads,
             activations=spec.activations,
-            on_gpu=GpuChoice(spec.kernels, spec.cuda_graphs),
+            on_gpu=GpuChoice(spec.kernels, spec.cuda_graphs, spec.attention, spec.block_size),
         )
         config = model.config
         width = torch.empty(0, dtype=TORCH_DTYPE[spec.dtype]).element_size()

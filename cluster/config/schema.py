@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cluster.config.values import Address, parse_address, parse_labels, parse_size, parse_weights
 from diptych.hashing import granules_per_block
-from diptych.types import Activations, Eviction, GpuKernels, ModelDtype, Role, Verify, WeightFormat
+from diptych.types import Activations, AttentionKernels, Eviction, GpuKernels, ModelDtype, Role, Verify, WeightFormat
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -269,6 +269,9 @@ class Engine(Section):
     """Of a bf16 model on a GPU: auto is triton where it is installed, else reference, which is plain torch."""
     cuda_graphs: bool = True
     """With triton: decode steps as CUDA graphs, one for each size of batch."""
+    attention: AttentionKernels = "auto"
+    """With triton: auto tries flashinfer where it is installed, and takes it where it agrees and is faster. CUDA graphs
+    decode with triton's."""
 
 
 class AutoscalePoolSection(Section):
@@ -400,6 +403,8 @@ class Config(Section):
             raise ValueError(problem)
         if self.engine.kernels == "triton" and self.device == "cpu":
             raise ValueError("engine.kernels = 'triton' needs CUDA workers, but device is cpu: set it to auto")
+        if problem := _attention_problem(self):
+            raise ValueError(problem)
         return self
 
     def weights_of(self, role: Role) -> WeightFormat:
@@ -472,6 +477,21 @@ def _numbers_problems(config: Config) -> Iterator[str]:
                 f"{role} workers would multiply activations of int8 with weights of bf16: set engine.weights (or "
                 f"pools.{role}.weights) to auto, int8 or int4, or activations to bf16"
             )
+
+
+def _attention_problem(config: Config) -> str:
+    """Of attention that was asked for by name where nothing computes so."""
+    asked = config.engine.attention
+    if asked == "auto":
+        return ""
+    if config.device == "cpu":
+        return f"engine.attention = '{asked}' needs CUDA workers, but device is cpu: set it to auto"
+    if config.engine.kernels == "reference":
+        return (
+            f"engine.attention = '{asked}' goes with Triton's kernels, but engine.kernels is reference: set one of "
+            "them to auto"
+        )
+    return ""
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:

@@ -112,5 +112,6 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         activations=config.activations_of(role),
         kernels=config.engine.kernels,
         cuda_graphs=config.engine.cuda_graphs,
+        attention=config.engine.attention,
         eviction=config.kv.eviction,
     )

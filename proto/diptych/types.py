@@ -32,6 +32,8 @@ Activations: TypeAlias = Literal["bf16", "int8", "auto"]
 """auto: int8 where weights of 4 and 8 bits are multiplied faster so, by measurement, else bf16."""
 GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
 """auto: triton where it is installed, else reference, which is plain torch."""
+AttentionKernels: TypeAlias = Literal["auto", "triton", "flashinfer"]
+"""auto: flashinfer where it is installed, agrees with triton and is faster, by trial, else triton."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
 Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
 """Numbers of KV on its way."""
@@ -604,6 +606,7 @@ class WorkerSpec:
     activations: Activations = "bf16"
     kernels: GpuKernels = "auto"
     cuda_graphs: bool = True
+    attention: AttentionKernels = "auto"
     eviction: Eviction = "lru"
 
 

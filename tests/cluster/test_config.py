@@ -187,12 +187,21 @@ def test_nccl_on_cpu_is_refused() -> None:
         ("engine.activations", "int8", "cuda", "leave it bf16"),
         ("pools.mixed.activations", "int8", "cuda", "leave it bf16"),
         ("engine.kernels", "triton", "cpu", "set it to auto"),
+        ("engine.attention", "flashinfer", "cpu", "set it to auto"),
+        ("engine.attention", "triton", "cpu", "set it to auto"),
     ],
 )
 def test_what_a_device_lacks_is_refused(key: str, value: str, device: str, way_out: str) -> None:
     (problem,) = problems(None, (key, value), ("device", device))
     assert key in problem
     assert way_out in problem
+
+
+def test_flashinfer_goes_with_tritons_kernels() -> None:
+    (problem,) = problems(None, ("engine.attention", "flashinfer"), ("engine.kernels", "reference"))
+    assert "engine.attention = 'flashinfer' goes with Triton's kernels" in problem
+    assert "set one of them to auto" in problem
+    assert load(overrides=said(("engine.kernels", "reference"))).engine.attention == "auto"
 
 
 def test_a_pools_numbers_are_its_own_or_the_engines() -> None:

@@ -28,8 +28,11 @@ from torch import Tensor
 
 from diptych.types import ModelSource
 from kernels import Segment
+from kernels.gpu.attention import Attention
 from kernels.gpu.decode_attention import decode_attention, split_count
+from kernels.gpu.flashinfer_attention import flashinfer_attention, reason_against
 from kernels.gpu.paged import Look, PagedRows
+from kernels.gpu.triton_attention import triton_attention
 from workers.engine.batch import Batch
 from workers.engine.model_config import ModelConfig
 from workers.engine.triton_model import TritonModel
@@ -256,6 +259,23 @@ def measure_engine(bench: Bench, weights: Weights) -> None:
     bench.add(row(f"decode {rows} at {keys}, no graphs", times, bench.bound_of(read_bytes(config, rows, keys))))
 
 
+def measure_flashinfer(bench: Bench, weights: Weights) -> None:
+    """Prompts by FlashInfer's attention, where it is installed."""
+    config = weights.config
+    if reason := reason_against(config.head_dim, torch.bfloat16, bench.device):
+        print(f"no prompts by FlashInfer: {reason}", file=sys.stderr)
+        return
+    theirs = flashinfer_attention(config.heads // config.kv_heads, config.head_dim, bench.device)
+    attention = Attention(triton_attention(bench.device).decode, theirs.prefill)
+    rig = Rig(bench, TritonModel(weights, max_context=config.context, device=bench.device, attention=attention))
+    for tokens in bench.sizes.prefills:
+        bound = prompt_flops(config, tokens) / bench.flops_a_second * 1e3
+        times = bench.times(partial(rig.forward, rig.prompt(tokens)), wall=True)
+        bench.add(
+            row(f"prefill {tokens}, flashinfer", times, bound, note=f"{tokens / median(times) * 1e3:.0f} tokens/s")
+        )
+
+
 def measure_eight_bits(bench: Bench, weights: Weights, bits: Any) -> None:
     config = weights.config
     on_gpu = bench.device.type == "cuda"
@@ -385,6 +405,7 @@ def run(bench: Bench) -> int:
     weights = load_weights(source, "bf16", cache=None)
     bench.part("attention", lambda: measure_attention(bench, weights.config))
     bench.part("engine", lambda: measure_engine(bench, weights))
+    bench.part("flashinfer", lambda: measure_flashinfer(bench, weights))
     for bits in ("int8", "fp8"):
         bench.part(f"{bits} weights", lambda bits=bits: measure_eight_bits(bench, weights, bits))
     bench.part("transformers", lambda: measure_transformers(bench, weights.config))

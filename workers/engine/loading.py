@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from diptych.types import Activations, GpuKernels, ModelDtype, ModelSource, WeightFormat
+from diptych.types import Activations, AttentionKernels, GpuKernels, ModelDtype, ModelSource, WeightFormat
 from kernels.cpu.library import NoLibrary, load_library
+from kernels.gpu import flashinfer_attention
 from kernels.gpu.availability import reason_against
+from kernels.gpu.paged import Look
 from workers.engine.activations import chosen, kept_pace
+from workers.engine.attention_choice import Candidate, Choice, chosen_attention
+from workers.engine.attention_trial import Shape
 from workers.engine.batch import ForwardPass
 from workers.engine.model import Model
 from workers.engine.model_config import UnsupportedModel
@@ -36,6 +41,8 @@ class GpuChoice(NamedTuple):
 
     kernels: GpuKernels = "auto"
     graphs: bool = True
+    attention: AttentionKernels = "auto"
+    block_size: int = 16
 
 
 def load_model(
@@ -74,12 +81,16 @@ def _refuse_impossible(dtype: ModelDtype, form: WeightFormat, device: torch.devi
     if form == "fp8" and device.type != "cuda":
         raise UnsupportedModel("engine.weights = fp8 needs a CUDA GPU: int8 works on both")
     if device.type != "cuda":
+        if on_gpu.attention == "flashinfer":
+            raise UnsupportedModel("engine.attention = flashinfer needs a CUDA GPU: set it to auto")
         return
     if form == "int4":
         raise UnsupportedModel("engine.weights = int4 is for CPUs: a GPU knows bf16, int8 and fp8")
     reason = _reason_against_triton(dtype, device, on_gpu)
     if reason and on_gpu.kernels == "triton":
         raise UnsupportedModel(f"engine.kernels = triton: {reason}")
+    if reason and on_gpu.attention == "flashinfer":
+        raise UnsupportedModel(f"engine.attention = flashinfer goes with Triton's kernels: {reason}; set it to auto")
     if reason and form in ("int8", "fp8") and dtype == "bf16":
         raise UnsupportedModel(f"engine.weights = {form} on a GPU: {reason}")
     if form == "fp8" and not reason and (able := torch.cuda.get_device_capability(device)) < _FP8_CAPABILITY:
@@ -113,9 +124,33 @@ def _triton(weights: Weights, form: WeightFormat, device: torch.device, on_gpu: 
     from workers.engine.triton_model import TritonModel  # needs Triton
 
     bits = form if form in ("int8", "fp8") else None
-    model = TritonModel(weights, max_context=weights.config.context, device=device, bits=bits, graphs=on_gpu.graphs)
+    attention = _attention(weights, device, on_gpu)
+    model = TritonModel(
+        weights,
+        max_context=weights.config.context,
+        device=device,
+        bits=bits,
+        graphs=on_gpu.graphs,
+        attention=attention.attention,
+    )
     graphs = "CUDA graphs" if on_gpu.graphs else "no CUDA graphs"
-    return Loaded(model, f"Triton kernels on {device}, {graphs}, weights {bits or 'bf16'}")
+    return Loaded(model, f"Triton kernels on {device}, {graphs}, weights {bits or 'bf16'}{attention.how}")
+
+
+def _attention(weights: Weights, device: torch.device, on_gpu: GpuChoice) -> Choice:
+    from kernels.gpu.triton_attention import triton_attention  # needs Triton
+
+    config, dtype = weights.config, weights.tensors["model.norm.weight"].dtype
+    looks = tuple(Look(config.attention_scale, window, config.attention_soft_cap) for window in config.windows)
+    shape = Shape(config.heads, config.kv_heads, config.head_dim, on_gpu.block_size, dtype, looks)
+    candidate = Candidate(
+        flashinfer_attention.reason_against(config.head_dim, dtype, device),
+        partial(flashinfer_attention.flashinfer_attention, config.heads // config.kv_heads, config.head_dim, device),
+    )
+    found = chosen_attention(on_gpu.attention, triton_attention(device), candidate, shape, device, graphs=on_gpu.graphs)
+    # What was tried with goes back: what is free is measured for KV.
+    torch.cuda.empty_cache()
+    return found
 
 
 def _native(

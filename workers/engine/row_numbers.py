@@ -41,6 +41,8 @@ class DeviceBatch:
     """Of the chunks, if there are any."""
     wanted: Tensor | None
     """[wanted] int32, rows whose logits are wanted; None: all, in order."""
+    segments: Sequence[Segment] = ()
+    """What the batch was made of, for attention that plans on the host; none where a graph reads it."""
 
 
 def row_numbers(tokens: Sequence[int], segments: Sequence[Segment], block_size: int) -> RowNumbers:
@@ -79,6 +81,7 @@ def device_batch(batch: Batch, block_size: int, tile_rows: int, device: torch.de
         decode_rows=batch.decode_rows,
         tiles=RowTiles(cut.view(-1, 2), tile_rows) if len(cut) else None,
         wanted=wanted,
+        segments=batch.segments,
     )
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import kernels
 from kernels.gpu import gates, low_bits, norms, rope
-from kernels.gpu.decode_attention import decode_attention, split_count
+from kernels.gpu.attention import Attention
 from kernels.gpu.paged import Look, tile_rows
-from kernels.gpu.prefill_attention import prefill_attention
+from kernels.gpu.triton_attention import triton_attention
 from workers.engine.batch import Batch, looked_at
 from workers.engine.decode_graphs import BUCKETS, DecodeGraphs
 from workers.engine.layers import Layer, MakeProduct, Product, TakenWeights
@@ -25,9 +25,6 @@ from workers.engine.model_memory import available_bytes, check_room
 from workers.engine.rope import rope_table
 from workers.engine.row_numbers import DeviceBatch, device_batch, longest_chunk, row_numbers
 from workers.engine.weights import Weights
-
-_INTERPRETED_PROCESSORS = 4
-"""As good as any, where there is no device to ask."""
 
 
 class TritonModel:
@@ -41,8 +38,10 @@ class TritonModel:
         device: torch.device,
         bits: low_bits.Bits | None = None,
         graphs: bool = True,
+        attention: Attention | None = None,
     ) -> None:
-        """bits: of the layers' products; the head keeps its own. `graphs` needs a CUDA device."""
+        """bits: of the layers' products; the head keeps its own. `graphs` needs a CUDA device, and with them
+        decoding by `attention` must be capturable. None: Triton's."""
         self.config = config = weights.config
         self._device, self._max_context, self._with_graphs = device, max_context, graphs
         dtype = weights.tensors["model.norm.weight"].dtype
@@ -59,7 +58,7 @@ class TritonModel:
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
         ropes = [config.rope, *([config.local_rope] if config.local_rope else [])]
         self._ropes = [rope_table(each, max_context, config.head_dim).to(device) for each in ropes]
-        self._processors = _processors(device)
+        self._attention = attention or triton_attention(device)
         self._graphs: DecodeGraphs | None = None
         self._graphs_of: tuple[int, torch.Size] | None = None
 
@@ -87,14 +86,13 @@ class TritonModel:
     def _forward(self, batch: DeviceBatch, arena: Tensor) -> Tensor:
         """[wanted, vocabulary] fp32"""
         epsilon = self.config.norm_epsilon
-        splits = split_count(max(1, batch.decode_rows), self.config.kv_heads, self._processors)
         hidden = functional.embedding(batch.tokens, self._embedding)
         if self._embedding_scale is not None:
             hidden = hidden * self._embedding_scale
         normed = norms.rms_norm(hidden, self._layers[0].attention_norm, epsilon)
         after = [*(layer.attention_norm for layer in self._layers[1:]), self._norm]
         for index, layer in enumerate(self._layers):
-            found = self._attention(normed, layer, arena[:, index], batch, splits)
+            found = self._attend(normed, layer, arena[:, index], batch)
             if batch.wanted is not None and index == len(self._layers) - 1:
                 # Nothing but these rows' logits comes after the last layer's keys.
                 found, hidden = (each.index_select(0, batch.wanted) for each in (found, hidden))
@@ -106,18 +104,18 @@ class TritonModel:
         cap = self.config.logit_soft_cap
         return logits if cap is None else kernels.soft_cap(logits, cap)
 
-    def _attention(self, normed: Tensor, layer: Layer, cache: Tensor, batch: DeviceBatch, splits: int) -> Tensor:
+    def _attend(self, normed: Tensor, layer: Layer, cache: Tensor, batch: DeviceBatch) -> Tensor:
         config = self.config
         each_head = None
         if layer.query_norm is not None and layer.key_norm is not None:
             each_head = rope.HeadNorms(layer.query_norm, layer.key_norm, config.norm_epsilon)
         query = rope.turn_and_write(layer.qkv(normed), cache, batch.rows, self._ropes[layer.rope], each_head)
         look = Look(config.attention_scale, layer.window, config.attention_soft_cap)
-        out, decodes = torch.empty_like(query), slice(0, batch.decode_rows)
+        out = torch.empty_like(query)
         if batch.decode_rows:
-            decode_attention(query[decodes], cache, batch.rows.part(decodes), look, splits, out[decodes])
+            self._attention.decode(query, cache, batch, look, out)
         if batch.tiles is not None:
-            prefill_attention(query, cache, batch.rows, batch.tiles, look, out)
+            self._attention.prefill(query, cache, batch, look, out)
         return out.flatten(1)
 
 
@@ -128,9 +126,3 @@ def _maker(bits: low_bits.Bits | None) -> MakeProduct:
         return partial(low_bits.linear, weight=low_bits.narrow_rows(weight.contiguous(), bits), bias=bias)
 
     return make
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count  # pyright: ignore

@@ -14,7 +14,14 @@ from workers.engine.model_config import UnsupportedModel
 TINY = ModelSource(name="random:tiny", path="random:tiny", digest="0123456789abcdef")
 
 
-def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "auto", activations: Any = "bf16") -> Any:
+def load(
+    device: str,
+    dtype: Any = "bf16",
+    form: Any = "auto",
+    kernels: Any = "auto",
+    activations: Any = "bf16",
+    attention: Any = "auto",
+) -> Any:
     return load_model(
         TINY,
         dtype,
@@ -23,7 +30,7 @@ def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "a
         device=torch.device(device),
         threads=1,
         activations=activations,
-        on_gpu=GpuChoice(kernels),
+        on_gpu=GpuChoice(kernels, attention=attention),
     )
 
 
@@ -37,6 +44,9 @@ def load(device: str, dtype: Any = "bf16", form: Any = "auto", kernels: Any = "a
         ({"device": "cuda", "form": "fp8"}, "Triton is not installed"),
         ({"device": "cuda", "kernels": "triton"}, "Triton is not installed"),
         ({"device": "cuda", "activations": "int8"}, "int8 is for CPUs"),
+        ({"device": "cpu", "attention": "flashinfer"}, "flashinfer needs a CUDA GPU: set it to auto"),
+        ({"device": "cuda", "attention": "flashinfer"}, "Triton is not installed; set it to auto"),
+        ({"device": "cuda", "dtype": "fp32", "attention": "flashinfer"}, "goes with Triton's kernels: .* for bf16"),
     ],
     ids=str,
 )
