@@ -43,8 +43,8 @@ def until_replaced(cluster: Cluster, worker: str, epoch: int) -> None:
 def test_a_killed_prefill_worker_costs_no_answer_and_is_replaced(tiny: Cluster) -> None:
     prefill, dice = worker_of(tiny.client.status(), "prefill-0"), random.Random(1)
     epoch, sent = prefill.info.epoch, prefill.counters.blocks_sent
-    asks = [{"tokens": dice.choices(range(3, 256), k=4000), "max_tokens": 24} for _ in range(STREAMS)]
-    with ThreadPoolExecutor(STREAMS) as threads:
+    asks = [{"tokens": dice.choices(range(3, 256), k=4000), "max_tokens": 24} for _ in range(3 * STREAMS)]
+    with ThreadPoolExecutor(len(asks)) as threads:
         running = [threads.submit(tiny.answer, **ask) for ask in asks]
         tiny.until(lambda status: worker_of(status, "prefill-0").counters.blocks_sent > sent, "KV is on its way")
         kill(tiny, "prefill-0")

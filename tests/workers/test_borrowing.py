@@ -96,7 +96,7 @@ def test_a_prefix_that_does_not_come_is_computed(
     clean = bench().answers(request_for(prompt(200)))
 
     async def test() -> None:
-        async with pair(lease_seconds=0.5) as two:
+        async with pair(lease_seconds=1.5) as two:
             await two.answers(request_for(prompt(200), max_tokens=1))
             wire = two.to_d if name == "expect" else two.to_p
             wire.before[name] = fault

@@ -13,7 +13,7 @@ from diptych.errors import WorkerLost
 from workers.worker import Worker
 
 Make = Callable[..., Any]
-LEASE_SECONDS = 0.5
+LEASE_SECONDS = 1.5
 LENGTH = 300
 
 

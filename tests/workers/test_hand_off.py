@@ -152,15 +152,15 @@ def test_an_answer_that_ends_at_its_first_token_is_over_on_both_sides(
     run(test())
 
 
-@pytest.mark.parametrize("leases", [0, 4])
+@pytest.mark.parametrize("leases", [0, 2])
 def test_a_hand_off_waits_while_decode_is_full_and_goes_on_then(
     run: Make, pair: Make, prompt: Make, request_for: Make, leases: int
 ) -> None:
     """However long: prefill asks again and again, and what it computed is not computed twice."""
 
     async def test() -> None:
-        async with pair(decode={"max_running": 1}, lease_seconds=0.3 if leases else 10.0) as two:
-            long, waiting = request_for(prompt(10), max_tokens=3000), request_for(prompt(50, seed=1))
+        async with pair(decode={"max_running": 1}, lease_seconds=1.0 if leases else 10.0) as two:
+            long, waiting = request_for(prompt(10), max_tokens=7000), request_for(prompt(50, seed=1))
             await two.submit(long, two.local)
             await two.submit(waiting)
             await two.until(two.d, lambda roles: [each.request for each in roles.engine.batcher.waiting] == [waiting])

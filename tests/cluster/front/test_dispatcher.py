@@ -427,7 +427,7 @@ def test_a_worker_that_dies_with_the_request_in_its_queue_costs_a_pause(house: H
                 async def never_done(*_: Any, port: Port = port, submit: Any = submit) -> None:
                     for each in here.ports.values():
                         each.worker.submit = type(each.worker).submit.__get__(each.worker)
-                    port.cut.set()  # nothing of it is heard any more
+                    here.lose(port.worker.spec.id)  # nothing of it is heard any more
 
                 port.worker.submit = never_done
             assert await here.text_of(here.ask(max_tokens=20)) == expected
@@ -665,7 +665,8 @@ def test_a_silent_worker_is_asked_and_left_when_it_knows_nothing(house: House_) 
 
             port.worker.submit = swallow
             assert await here.text_of(here.ask("abcdef")) == "abcdef"
-            assert port.calls == {"submit": 2, "owns": 1}
+            assert port.calls["submit"] == 2
+            assert port.calls["owns"] >= 1
 
     run(test())
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 90
 """For any answer: detection, a successor, and what is left to compute on a busy machine."""
+TRIES = 20
+"""To find requests in a phase: on a fast machine they pass through it between two looks."""
 RUNNING = 4
 """Sequences in one worker."""
 

@@ -21,7 +21,7 @@ import pytest
 from diptych import Client
 from tests.e2e.conftest import check_at_rest, is_idle
 from tests.e2e.faults.lan import WAIT_SECONDS, Lan, until
-from tests.e2e.faults.phases import PHASES, RUNNING, Seen, Stream, asks
+from tests.e2e.faults.phases import PHASES, RUNNING, TRIES, Seen, Stream, asks
 from tests.k8s.kubelet import why_not
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ KEYS = (
 )
 
 
-TRIES = 20
-"""To find requests in a phase: on a fast machine they pass through it between two looks."""
 MANY = 4 * RUNNING
 """Requests at once: more than one decode worker takes."""
 

@@ -124,8 +124,9 @@ def fronts(cluster: Start) -> Iterator[Fronts]:
 
 
 def test_a_killed_front_cuts_off_its_own_clients_only_and_comes_back_on_its_ports(fronts: Fronts) -> None:
+    victim = fronts.process("FrontActor", fronts.grpc[0])
     its, others = fronts.streams(0), fronts.streams(1)
-    fronts.process("FrontActor", fronts.grpc[0]).kill()
+    victim.kill()
     assert all(isinstance(stream.error(), Unreachable) for stream in its)
     assert [stream.tokens() for stream in others] == fronts.undisturbed
     fronts.check_whole()
@@ -134,8 +135,9 @@ def test_a_killed_front_cuts_off_its_own_clients_only_and_comes_back_on_its_port
 
 def test_running_requests_do_not_notice_that_the_scheduler_died(fronts: Fronts) -> None:
     indexed = fronts.cluster.client.status().index_blocks
+    victim = fronts.process("SchedulerActor")
     streams = fronts.streams(0)
-    fronts.process("SchedulerActor").kill()
+    victim.kill()
     late = fronts.streams(1)  # placed by its successor
     assert [stream.tokens() for stream in streams] == fronts.undisturbed
     assert [stream.tokens() for stream in late] == fronts.undisturbed
