@@ -254,7 +254,7 @@ class Engine(Section):
     """Tokens computed in one step."""
     max_running: Positive = 64
     """Sequences in one worker."""
-    threads: Count = 0
+    threads: Annotated[Count, Field(le=1024)] = 0
     """CPU threads of each worker's engine; 0 shares the cores out."""
     gpus: Annotated[float, BeforeValidator(_not_bool), Field(ge=0)] = 0.0
     """GPUs of each worker, 0.5 for a half; 0 shares out those that Ray has when it is asked: where nodes come later,
@@ -437,6 +437,17 @@ def _bounds_problem(told: AutoscaleSection, pools: Pools) -> str:
             f"autoscale.prefill.least + autoscale.decode.least = {wanted} is above {of_most}: set autoscale.most to "
             f"{wanted} or more"
         )
+    if not begins:
+        return "autoscale.enabled has nobody to move or add: mixed workers are left alone"
+    if least > begins:
+        return f"autoscale.least = {least} is above the {begins} workers that the cluster starts with: start as many"
+    for role, bounds, pool in (("prefill", told.prefill, pools.prefill), ("decode", told.decode, pools.decode)):
+        if pool.workers < bounds.least:
+            return (
+                f"autoscale.{role}.least = {bounds.least} is above pools.{role}.workers = {pool.workers}: start as many"
+            )
+        if bounds.most and pool.workers > bounds.most:
+            return f"autoscale.{role}.most = {bounds.most} is below pools.{role}.workers = {pool.workers}: start fewer"
     return ""
 
 
@@ -471,6 +482,8 @@ def _numbers_problems(config: Config) -> Iterator[str]:
                 f"{place}.activations = 'int8' needs CPU workers, but device is cuda: leave it bf16, a GPU with "
                 "weights = 'int8' rounds them itself"
             )
+    if config.model.served_dtype == "fp32":
+        return  # which rounds nothing
     for role in pools:
         if config.activations_of(role) == "int8" and config.weights_of(role) == "bf16":
             yield (

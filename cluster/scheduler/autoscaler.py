@@ -171,16 +171,19 @@ class Autoscaler:
         count = 0
         while needs.moved(taker, count).load(taker) > self.policy.busy * _ENOUGH:
             then = needs.moved(taker, count + 1)
-            if not self._is_allowed(then) or then.load(giver) > needs.moved(taker, count).load(taker):
+            if not self._is_allowed(then, needs) or then.load(giver) > needs.moved(taker, count).load(taker):
                 break
             count += 1
         return count
 
-    def _is_allowed(self, needs: Needs) -> bool:
+    def _is_allowed(self, then: Needs, now: Needs) -> bool:
+        """A pool that is out of its bounds may stay so, not get farther."""
         within = all(
-            self.policy.bounds(role).least <= needs.have(role) <= self.policy.bounds(role).most for role in POOLS
+            min(bounds.least, now.have(role)) <= then.have(role) <= max(bounds.most, now.have(role))
+            for role in POOLS
+            for bounds in [self.policy.bounds(role)]
         )
-        return within and needs.decodes >= self.policy.decode_per_prefill * needs.prefills
+        return within and then.decodes >= self.policy.decode_per_prefill * then.prefills
 
     def _has_settled(self, taker: Pool, now: float) -> bool:
         last = self._last_move
@@ -221,7 +224,7 @@ class Autoscaler:
         fewer = needs.resized(role, -1)
         if (
             needs.total <= self.policy.workers.least
-            or not self._is_allowed(fewer)
+            or not self._is_allowed(fewer, needs)
             or fewer.load(role) > self.policy.busy
         ):
             return _NOTHING

@@ -313,6 +313,8 @@ def test_an_autoscaler_needs_a_measure_for_prompts() -> None:
         ([("most", 1)], "autoscale.least = 2 is above autoscale.most = 1"),
         ([("prefill.least", 3), ("most", 3)], "autoscale.decode.least = 4 is above autoscale.most = 3"),
         ([("decode.least", 3), ("decode.most", 2)], "most = 2 is below least = 3"),
+        ([("least", 3), ("most", 8)], "autoscale.least = 3 is above the 2 workers that the cluster starts with"),
+        ([("prefill.least", 3), ("most", 8)], "autoscale.prefill.least = 3 is above pools.prefill.workers = 1"),
         ([("calm", 0.9)], "calm = 0.9 has to be below busy = 0.85"),
     ],
 )
@@ -323,5 +325,6 @@ def test_an_autoscalers_bounds_can_be_kept(settings: list[tuple[str, float]], to
 
 def test_an_autoscaler_that_can_keep_its_bounds_is_taken() -> None:
     bounds = ("prefill.least", 2), ("decode.most", 6), ("least", 3), ("most", 8)
-    config = load(None, {}, said(("autoscale.enabled", True), *((f"autoscale.{key}", value) for key, value in bounds)))
-    assert config.autoscale.workers(2) == (3, 8)
+    pools = ("pools.prefill.workers", 2), ("autoscale.enabled", True)
+    config = load(None, {}, said(*pools, *((f"autoscale.{key}", value) for key, value in bounds)))
+    assert config.autoscale.workers(3) == (3, 8)

@@ -39,6 +39,7 @@ _LOOK_SECONDS: Final = 0.02
 _WORTH_IT: Final = 1.1
 """How much faster many rows must be."""
 _AT_LEAST: Final = 0.95
+_TICK: Final = 1e-9
 """And one row no slower than this: a worker has one way for both, or chunks would change the result."""
 
 
@@ -96,7 +97,10 @@ def measured(library: ctypes.CDLL, layer: Sequence[Panels]) -> Pace:
                 seconds.setdefault((count, way), []).append(spent)
         if time.monotonic() > end:
             break
-    many, single = (min(seconds[count, "bf16"]) / min(seconds[count, "int8"]) for count in (rows, 1))
+    # A coarse clock may have seen nothing.
+    many, single = (
+        max(min(seconds[count, "bf16"]), _TICK) / max(min(seconds[count, "int8"]), _TICK) for count in (rows, 1)
+    )
     return Pace(many, single)
 
 
@@ -110,7 +114,10 @@ def _seconds(library: ctypes.CDLL, layer: Sequence[Panels], rows: int, way: prod
 
 
 def _first_layer(packed: PackedWeights) -> list[Panels]:
-    return [panels for name, panels in packed.items() if name.startswith("model.layers.0.") and panels.format != "bf16"]
+    """The first that has products which int8 is for: some files keep their first layers in more bits."""
+    narrow = {name: panels for name, panels in packed.items() if name != "head" and panels.format != "bf16"}
+    layers = [name.split(".")[:3] for name in narrow]
+    return [panels for panels, layer in zip(narrow.values(), layers, strict=True) if layer == layers[0]]
 
 
 def _reason_against(packed: PackedWeights) -> str:
@@ -122,6 +129,8 @@ def _reason_against(packed: PackedWeights) -> str:
 def _kept(library: ctypes.CDLL, packed: PackedWeights, kept: Path | None) -> Pace:
     if not kept:
         return measured(library, _first_layer(packed))
+    if found := _read(kept):
+        return found
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with (kept.parent / "pace.lock").open("w") as lock:

@@ -59,7 +59,7 @@ def load_model(
     """Raises what `load_weights` raises, and UnsupportedModel for what this device doesn't have. `cache` is a
     folder for what later starts need not make again."""
     _refuse_impossible(dtype, form, device, on_gpu)
-    if activations == "int8" and device.type == "cuda":
+    if activations == "int8" and dtype == "bf16" and device.type == "cuda":
         raise UnsupportedModel("activations = int8 is for CPUs: a GPU with engine.weights = int8 rounds them itself")
     weights = load_weights(source, dtype, cache=cache)
     reason = _reason_against_triton(dtype, device, on_gpu) if device.type == "cuda" else _reason_against(weights, dtype)
@@ -70,8 +70,11 @@ def load_model(
             return _native(weights, source, form, activations, cache, threads)
         except (NoLibrary, NoRoom) as error:
             reason = str(error)
-    if activations == "int8" and dtype == "bf16" and device.type != "cuda":
-        raise UnsupportedModel(f"activations = int8: {reason}; set it to auto or bf16")
+    if dtype == "bf16" and device.type != "cuda":
+        if activations == "int8":
+            raise UnsupportedModel(f"activations = int8: {reason}; set it to auto or bf16")
+        if form in ("int8", "int4"):
+            raise UnsupportedModel(f"engine.weights = {form}: {reason}; set it to auto or bf16")
     model = Model(weights, max_context=weights.config.context, device=device)
     return Loaded(model, f"torch on {device.type}, {dtype} ({reason})")
 

@@ -161,10 +161,21 @@ def test_without_the_kernels_int8_is_refused_and_auto_is_torch(
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with pytest.raises(UnsupportedModel, match=r"activations = int8: .*/no/such/compiler.*set it to auto or bf16"):
         load_tiny("int4", "int8", cache=tmp_path / "cache", path=tmp_path)
-    assert isinstance(load_tiny("int4", "auto", cache=tmp_path / "cache", path=tmp_path).model, Model)
+    with pytest.raises(UnsupportedModel, match=r"engine.weights = int4: .*/no/such/compiler.*set it to auto or bf16"):
+        load_tiny("int4", "auto", cache=tmp_path / "cache", path=tmp_path)
+    assert isinstance(load_tiny("auto", "auto", cache=tmp_path / "cache", path=tmp_path).model, Model)
 
 
 # ---- auto --------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_sees_nothing_finds_both_ways_alike(
+    monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, peer: Any, load: Any, tmp_path: Path
+) -> None:
+    peer(wide_config("llama, grouped heads"))
+    packed = pack_weights(library, load(tmp_path, dtype="bf16"), "int8", None)
+    monkeypatch.setattr(activations.time, "thread_time", lambda: 0.0)
+    assert chosen(library, packed, "auto", None).activations == "bf16"
 
 
 def test_auto_measures_once_and_keeps_it(
