@@ -92,8 +92,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"sum, norm {size}", lambda x=x, weight=weight: norms.add_rms_norm(x, x, weight, 1e-5, weight)
     for gate in ("silu", "gelu", "gelu_tanh"):
         yield gate, lambda gate=gate: gates.gated(torch.zeros(3, 2 * 14336, dtype=BF16), gate)
-    for wire in ("bf16", "fp32", "int8", "fp8_e4m3"):
-        for dtype in (BF16, FP32):
+    for wire in ("bf16", "fp32", "fp8", "int8", "fp8_e4m3"):
+        for dtype in (BF16, FP32, FP8):
             yield f"{wire} of {dtype}", lambda wire=wire, dtype=dtype: _packed(wire, dtype)
     for bits in ("int8", "fp8"):
         yield bits, lambda bits=bits: low_bits.narrow_rows(torch.zeros(3, 4096, dtype=BF16), bits, 32)
@@ -122,7 +122,7 @@ def _attention(dtype: torch.dtype, cache: torch.dtype, dim: int, group: int, loo
 def _packed(wire: Any, dtype: torch.dtype) -> None:
     at = Granules(torch.tensor([1, 2]), torch.tensor([0, 0]))
     for block, heads in ((16, slice(0, 8)), (32, slice(1, 3))):
-        arena = torch.zeros(4, 2, 2, 8, block, 128, dtype=dtype)
+        arena = torch.zeros(4, 2, 2, 8, block, 128).to(dtype)
         granules.unpack_granules(arena, at, heads, wire, granules.pack_granules(arena, at, heads, wire))
 
 
