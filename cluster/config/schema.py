@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cluster.config.values import Address, parse_address, parse_labels, parse_size, parse_weights
 from diptych.hashing import granules_per_block
-from diptych.types import Activations, Eviction, GpuKernels, ModelDtype, Role, Verify, WeightFormat
+from diptych.types import Activations, Eviction, GpuKernels, KvDtype, ModelDtype, Role, Verify, WeightFormat
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -184,6 +184,9 @@ class Kv(Section):
     """Tokens per block: 16, 32, 64, 128 or 256."""
     memory: Memory = "auto"
     """Of each worker's cache: auto, bytes, or a size like 512MiB."""
+    dtype: Literal["auto", "fp8"] = "auto"
+    """Numbers of the cache: auto is the model's; fp8 (e4m3, no scales, at most ±448) takes half the memory of bf16 and
+    half the way to decode, and rounds."""
     link: Annotated[
         Literal["auto", "loopback", "mapped", "nixl", "gloo", "nccl"],
         _honoured(
@@ -396,11 +399,21 @@ class Config(Section):
             )
         if self.kv.link == "nccl" and self.device == "cpu":
             raise ValueError("kv.link = 'nccl' needs CUDA workers, but device is cpu: set kv.link to auto")
+        if self.kv.dtype == "fp8" and self.kv.wire != "native":
+            raise ValueError(
+                f"kv.wire = '{self.kv.wire}' would round what kv.dtype = 'fp8' has in 8 bits already, and send more: "
+                "leave kv.wire native"
+            )
         for problem in _numbers_problems(self):
             raise ValueError(problem)
         if self.engine.kernels == "triton" and self.device == "cpu":
             raise ValueError("engine.kernels = 'triton' needs CUDA workers, but device is cpu: set it to auto")
         return self
+
+    @property
+    def kv_dtype(self) -> KvDtype:
+        """`kv.dtype` with `auto` decided."""
+        return self.model.served_dtype if self.kv.dtype == "auto" else self.kv.dtype
 
     def weights_of(self, role: Role) -> WeightFormat:
         """Of this pool's workers."""

@@ -113,4 +113,5 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         kernels=config.engine.kernels,
         cuda_graphs=config.engine.cuda_graphs,
         eviction=config.kv.eviction,
+        kv=config.kv.dtype,
     )

@@ -21,6 +21,8 @@ from workers.engine.weights import Weights, load_weights
 
 _FP8_CAPABILITY = (9, 0)
 """What products by rows' scales need (`kernels.gpu.low_bits`)."""
+_FP8_KV_CAPABILITY = (8, 9)
+"""Below it Triton knows no e4m3."""
 
 
 class Loaded(NamedTuple):
@@ -36,6 +38,8 @@ class GpuChoice(NamedTuple):
 
     kernels: GpuKernels = "auto"
     graphs: bool = True
+    fp8_kv: bool = False
+    """The cache is in fp8."""
 
 
 def load_model(
@@ -106,7 +110,12 @@ def _reason_against_triton(dtype: ModelDtype, device: torch.device, on_gpu: GpuC
         return "engine.kernels = reference"
     if dtype != "bf16":
         return "the Triton kernels are for bf16"
-    return reason_against(device)
+    reason = reason_against(device)
+    if on_gpu.fp8_kv and not reason and (able := torch.cuda.get_device_capability(device)) < _FP8_KV_CAPABILITY:
+        return (
+            f"Triton reads fp8 from compute capability {_dotted(_FP8_KV_CAPABILITY)} on, this GPU has {_dotted(able)}"
+        )
+    return reason
 
 
 def _triton(weights: Weights, form: WeightFormat, device: torch.device, on_gpu: GpuChoice) -> Loaded:
