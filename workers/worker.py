@@ -53,7 +53,6 @@ from workers.decode import DecodeRole
 from workers.engine.engine import Engine, EngineLimits, layout_of
 from workers.engine.kv_memory import KvMemory
 from workers.engine.loading import GpuChoice, load_model
-from workers.engine.weights import TORCH_DTYPE
 from workers.engine_thread import EngineThread, Roles, Snapshot
 from workers.lending import Lender
 from workers.memory import kv_bytes
@@ -366,15 +365,17 @@ class Worker:
             device=device,
             threads=spec.threads,
             activations=spec.activations,
-            on_gpu=GpuChoice(spec.kernels, spec.cuda_graphs, spec.attention, spec.block_size),
+            on_gpu=GpuChoice(
+                spec.kernels, spec.cuda_graphs, spec.attention, spec.block_size, fp8_kv=spec.kv_dtype == "fp8"
+            ),
         )
         config = model.config
-        width = torch.empty(0, dtype=TORCH_DTYPE[spec.dtype]).element_size()
-        block_bytes = config.layers * 2 * config.kv_heads * spec.block_size * config.head_dim * width
-        blocks = kv_bytes(spec.memory_bytes, device) // block_bytes
+        layout = layout_of(config, spec.block_size, spec.kv_dtype)
+        blocks = kv_bytes(spec.memory_bytes, device) // layout.block_bytes
         if blocks < 2:
             raise InvalidRequest(
-                f"kv.memory holds {blocks} blocks of {block_bytes} bytes; at least 2 are needed", param="kv.memory"
+                f"kv.memory holds {blocks} blocks of {layout.block_bytes} bytes; at least 2 are needed",
+                param="kv.memory",
             )
         # More than every running sequence at full length is never used.
         blocks = min(blocks, spec.max_running * -(-config.context // spec.block_size))
@@ -386,8 +387,8 @@ class Worker:
             max_context=min(config.context, blocks * spec.block_size),
             eviction=spec.eviction,
         )
-        memory = self._share(layout_of(config, spec.block_size, spec.dtype), blocks, device)
-        engine = Engine(model, limits, dtype=spec.dtype, device=device, memory=memory)
+        memory = self._share(layout, blocks, device)
+        engine = Engine(model, limits, dtype=spec.kv_dtype, device=device, memory=memory)
         place = MeetingPlace(spec.host, spec.lease_seconds)
         sender = Sender(engine, spec, self._calls, self._engine.post)
         receiver = Receiver(engine, spec, self._calls, self._engine.post, place)

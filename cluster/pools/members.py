@@ -114,4 +114,5 @@ def member(config: Config, site: Site, role: Role, number: int) -> WorkerSpec:
         cuda_graphs=config.engine.cuda_graphs,
         attention=config.engine.attention,
         eviction=config.kv.eviction,
+        kv=config.kv.dtype,
     )

@@ -23,6 +23,12 @@ def weight_format(config: Config) -> str:
     return "; ".join(f"{role} {dtype}{how}" for role, how in rounded.items())
 
 
+def kv_numbers(config: Config) -> str:
+    """`KvIdentity.kv_dtype`: what a quantised wire rounded must never pass for what was computed."""
+    dtype, wire = config.kv_dtype, config.kv.wire
+    return dtype if wire == "native" else f"{dtype} over {wire}"
+
+
 def _rounded(config: Config, role: Role) -> str:
     """What is rounded further than the model's own numbers; auto and bf16 are the same ones."""
     weights, activations = config.weights_of(role), config.activations_of(role)

@@ -21,7 +21,7 @@ from cluster.config.values import Address
 from cluster.front.actor import FrontActor, FrontSpec
 from cluster.front.dispatcher import FrontIdentity
 from cluster.pools.members import Site, gpu_share
-from cluster.pools.numbers import weight_format
+from cluster.pools.numbers import kv_numbers, weight_format
 from cluster.pools.room import Room
 from cluster.scheduler.actor import SchedulerActor
 from cluster.scheduler.admission import AdmissionPolicy
@@ -103,11 +103,11 @@ class Processes:
 
     def front(self, front: FrontId, http: Address, grpc: Address) -> Any:  # noqa: ANN401
         """Where clients reach the cluster."""
-        dtype = self._config.model.served_dtype
-        # What a quantised wire rounded must never pass for what was computed.
-        numbers = dtype if self._config.kv.wire == "native" else f"{dtype} over {self._config.kv.wire}"
-        form = weight_format(self._config)
-        identity = KvIdentity(model_digest=self._site.model.digest, weight_format=form, kv_dtype=numbers)
+        identity = KvIdentity(
+            model_digest=self._site.model.digest,
+            weight_format=weight_format(self._config),
+            kv_dtype=kv_numbers(self._config),
+        )
         spec = FrontSpec(
             identity=FrontIdentity(
                 id=front,

@@ -35,7 +35,6 @@ from diptych.errors import DeadlineExceeded, LayoutMismatch, NoWorker, ServingEr
 from diptych.types import (
     ClusterStatus,
     Explanation,
-    KvLayout,
     ModelSource,
     Outcome,
     Placement,
@@ -316,13 +315,8 @@ class Scheduler:
                 f"with digest {spec.model.digest}: start both with one model.name"
             )
         for other in self._view.workers.values():
-            if other.info.id != info.id and _model(other.info.layout) != _model(info.layout):
+            if other.info.id != info.id and other.info.layout.of_model != info.layout.of_model:
                 yield f"KV can't pass between {info.id} with {info.layout} and {other.info.id} with {other.info.layout}"
-
-
-def _model(layout: KvLayout) -> tuple[int, int, int]:
-    """Block sizes, numbers and shards can be bridged; this can't."""
-    return layout.layers, layout.kv_heads, layout.head_dim
 
 
 def _too_late(shape: RequestShape) -> DeadlineExceeded:

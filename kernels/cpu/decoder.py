@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.cpu.panels import COLUMNS, FORMAT_NUMBER, Panels
 from kernels.cpu.products import Activations, ProductStructure
+from kernels.reference.fp8 import FP8
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -142,7 +143,7 @@ class Decoder:
     def step(self, arena: Tensor, tokens: Sequence[int], segments: Sequence[Segment], wanted: Sequence[int]) -> Logits:
         """Writes the tokens' KV into `arena`.
 
-        arena: [blocks, layers, 2, kv_heads, block_size, head_dim] bf16
+        arena: [blocks, layers, 2, kv_heads, block_size, head_dim] bf16 or fp8
         segments: of `tokens`, in this order  wanted: rows of `tokens`
         """
         return self._called(self._library.diptych_step, arena, tokens, segments, wanted)
@@ -161,7 +162,7 @@ class Decoder:
         segments: Sequence[Segment],
         wanted: Sequence[int],
     ) -> Logits:
-        assert arena.dtype == torch.bfloat16, "the kernels read bf16"
+        assert arena.dtype in (torch.bfloat16, FP8), "the kernels read bf16 and fp8"
         assert arena.is_contiguous(), "blocks are found by their address"
         logits = torch.empty((len(wanted), self._vocabulary), dtype=torch.float32)
         highest, finite = np.empty(len(wanted), dtype=np.int64), np.empty(len(wanted), dtype=np.bool_)
@@ -173,6 +174,7 @@ class Decoder:
                 _Step(
                     arena.data_ptr(),
                     arena.shape[4],
+                    arena.element_size(),
                     ids.ctypes.data,
                     len(ids),
                     table.ctypes.data,
@@ -264,6 +266,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         ("arena", _POINTER),
         ("block_size", _NUMBER),
+        ("width", _NUMBER),
         ("tokens", _POINTER),
         ("rows", _NUMBER),
         ("segments", _POINTER),

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.fp8 import narrowed
 from kernels.gpu.paged import dot_precision, tile_of
+from kernels.reference.fp8 import FP8, LARGEST
 from kernels.reference.granules import GRANULE, Granules, Wire, granule_bytes, is_whole
 
-_NUMBERS: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
-_LARGEST: Final = {"int8": 127.0, "fp8_e4m3": 448.0}
+_NUMBERS: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": FP8, "int8": torch.int8, "fp8_e4m3": FP8}
+_LARGEST: Final = {"int8": 127.0, "fp8_e4m3": LARGEST}
 _COPIED = 4096
 """Words of 4 bytes that a program copies."""
 
@@ -74,11 +76,14 @@ def _launch(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed:
         return
     quantised = wire in _LARGEST
     exact = torch.float32 if arena.dtype == torch.float32 else torch.bfloat16
+    numbers = _NUMBERS[wire]
+    if wire == "fp8" and arena.dtype == FP8:  # bytes, NaN as it is, on GPUs that know no fp8 as well
+        arena, numbers = arena.view(torch.uint8), torch.uint8
     _convert[count, layers * 2, taken](
         arena,
         granules.blocks,
         granules.parts,
-        packed.view(_NUMBERS[wire]),
+        packed.view(numbers),
         packed.view(torch.bfloat16),
         _signs(dim, exact, arena.device) if quantised else arena,
         HEADS=arena.shape[3],
@@ -166,9 +171,9 @@ def _convert(
     if LARGEST == 0.0:
         here += index * (GRANULE_BYTES // (kind.primitive_bitwidth // 8))
         if PACKING:
-            tl.store(here, tl.load(there, mask=held).to(kind), mask=held)
+            tl.store(here, _as(tl.load(there, mask=held), kind), mask=held)
         else:
-            tl.store(there, tl.load(here, mask=held).to(arena.dtype.element_ty), mask=held)
+            tl.store(there, _as(tl.load(here, mask=held), arena.dtype.element_ty), mask=held)
     else:
         # Scales first: 2 bytes for each row of one-byte numbers.
         here += index * GRANULE_BYTES + sheets * heads * TOKENS * 2
@@ -192,4 +197,13 @@ def _convert(
             found = tl.load(here, mask=held, other=0.0).to(tl.float32).to(matrix.dtype)
             scale = tl.load(scale_at).to(tl.float32)
             values = tl.dot(found, tl.trans(matrix), input_precision=PRECISION) * (scale * SHRINK)[:, None]
-            tl.store(there, values.to(arena.dtype.element_ty), mask=held)
+            tl.store(there, narrowed(values, arena.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _as(numbers: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """What is in these numbers already stays as it is, to the bit."""
+    if numbers.dtype == KIND:
+        return numbers
+    else:
+        return narrowed(numbers, KIND)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.fp8 import narrowed
 from kernels.gpu.paged import PagedRows
 
 _HEADS = 8
@@ -123,7 +124,7 @@ def _turn_and_write(
     to_cache += tl.where(is_value, kind_stride, 0)
     # A row that pads has nothing to write.
     written = tl.where(head >= HEADS, said, -1) >= 0
-    narrow = result.to(layer.dtype.element_ty)
+    narrow = narrowed(result, layer.dtype.element_ty)
     tl.store(layer + to_cache[:, None] + dims[None, :], narrow, mask=held & written[:, None])
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference.elementwise import soft_cap as _soft_cap
+from kernels.reference.fp8 import moved
 from kernels.reference.linear import pad_rows
 
 SPLIT = 256
@@ -137,7 +138,7 @@ def prefill_attention(
 def _gather(layer: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of one split, fp32: [rows, kv_heads, SPLIT, head_dim] each."""
     rows, count = blocks.shape
-    pieces = layer.index_select(0, blocks.reshape(-1)).float()
+    pieces = moved(layer).index_select(0, blocks.reshape(-1)).view(layer.dtype).float()
     _, _, kv_heads, block_size, head_dim = pieces.shape
     pieces = pieces.view(rows, count, 2, kv_heads, block_size, head_dim).permute(2, 0, 3, 1, 4, 5)
     keys, values = pieces.reshape(2, rows, kv_heads, count * block_size, head_dim).unbind(0)

@@ -15,13 +15,16 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
+from kernels.reference.fp8 import FP8, LARGEST, moved, narrowed
+
+Wire: TypeAlias = Literal["bf16", "fp32", "fp8", "int8", "fp8_e4m3"]
+"""fp8 is a cache's own numbers, fp8_e4m3 what the wire quantised."""
 GRANULE: Final = 16
 """Tokens."""
-_DTYPE: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+_DTYPE: Final = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": FP8, "int8": torch.int8, "fp8_e4m3": FP8}
 _SCALE_BYTES: Final = 2
-_LARGEST: Final = {"int8": 127.0, "fp8_e4m3": 448.0}
-"""Of a quantised number. fp8_e4m3fn has no infinity: what is larger would become NaN."""
+_LARGEST: Final = {"int8": 127.0, "fp8_e4m3": LARGEST}
+"""Of a quantised number."""
 
 
 class Granules(NamedTuple):
@@ -42,7 +45,7 @@ def granule_bytes(layers: int, heads: int, head_dim: int, wire: Wire) -> int:
 def is_whole(arena: Tensor, heads: slice, wire: Wire) -> bool:
     """Whether a granule is a block of the arena as it lies."""
     all_heads = heads.stop - heads.start == arena.shape[3]
-    return arena.shape[4] == GRANULE and all_heads and arena.dtype == _DTYPE[wire]
+    return arena.shape[4] == GRANULE and all_heads and wire not in _LARGEST and arena.dtype == _DTYPE[wire]
 
 
 def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, out: Tensor | None = None) -> Tensor:
@@ -52,11 +55,11 @@ def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, o
     """
     del out
     if is_whole(arena, heads, wire):
-        return arena.index_select(0, granules.blocks).view(-1).view(torch.uint8)
+        return moved(arena).index_select(0, granules.blocks).view(-1).view(torch.uint8)
     # Indices apart from each other come first in the result: [count, layers, 2, heads, 16, head_dim].
-    chosen = _parted(arena)[granules.blocks, :, :, heads, granules.parts]
+    chosen = _parted(arena)[granules.blocks, :, :, heads, granules.parts].view(arena.dtype)
     if wire not in _LARGEST:
-        return chosen.to(_DTYPE[wire]).contiguous().view(-1).view(torch.uint8)
+        return _as(chosen, _DTYPE[wire]).contiguous().view(-1).view(torch.uint8)
     numbers, scales = _quantise(chosen.float(), wire)
     count = len(granules.blocks)
     as_bytes = (scales.contiguous().view(count, -1).view(torch.uint8), numbers.reshape(count, -1).view(torch.uint8))
@@ -66,7 +69,8 @@ def pack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, o
 def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire, packed: Tensor) -> None:
     """The inverse of `pack_granules`, into an arena of any block size and numbers."""
     if is_whole(arena, heads, wire):
-        arena.index_copy_(0, granules.blocks, packed.view(arena.dtype).view(-1, *arena.shape[1:]))
+        blocks = moved(packed.view(arena.dtype)).view(-1, *arena.shape[1:])
+        moved(arena).index_copy_(0, granules.blocks, blocks)
         return
     count, layers, head_dim = len(granules.blocks), arena.shape[1], arena.shape[5]
     shape = (count, layers, 2, heads.stop - heads.start, GRANULE, head_dim)
@@ -78,12 +82,17 @@ def unpack_granules(arena: Tensor, granules: Granules, heads: slice, wire: Wire,
         scales = rows[:, :size].contiguous().view(torch.bfloat16).view(*shape[:5], 1)
         values = rows[:, size:].contiguous().view(_DTYPE[wire]).view(shape).float() * scales
         values = values @ _turn(head_dim, packed.device).mT
-    _parted(arena)[granules.blocks, :, :, heads, granules.parts] = values.to(arena.dtype)
+    _parted(arena)[granules.blocks, :, :, heads, granules.parts] = moved(_as(values, arena.dtype))
 
 
 def _parted(arena: Tensor) -> Tensor:
-    """[blocks, layers, 2, heads, parts, 16, head_dim], the same memory."""
-    return arena.view(*arena.shape[:4], -1, GRANULE, arena.shape[5])
+    """[blocks, layers, 2, heads, parts, 16, head_dim], the same memory, fp8 as bytes."""
+    return moved(arena).view(*arena.shape[:4], -1, GRANULE, arena.shape[5])
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is in these numbers already stays as it is, to the bit."""
+    return values if values.dtype == dtype else narrowed(values, dtype)
 
 
 def _turn(head_dim: int, device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ A request's life in types: `Request` (front → decode), `Placement` (scheduler 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, NewType, TypeAlias
+from math import prod
+from typing import Final, Literal, NamedTuple, NewType, TypeAlias
 
 from diptych.errors import ServingError
 
@@ -26,6 +27,8 @@ How: TypeAlias = Literal["remote", "local", "mixed"]
 mixed: one worker of the mixed pool did both."""
 Finish: TypeAlias = Literal["stop", "length"]
 ModelDtype: TypeAlias = Literal["bf16", "fp32"]
+KvDtype: TypeAlias = Literal["bf16", "fp32", "fp8"]
+"""Numbers of the KV cache. fp8: e4m3 without scales; what is larger than 448 becomes 448."""
 WeightFormat: TypeAlias = Literal["auto", "bf16", "int8", "int4", "fp8"]
 """auto: the file's own 4 or 8 bits where there is a kernel for them, which changes no number, else bf16."""
 Activations: TypeAlias = Literal["bf16", "int8", "auto"]
@@ -35,8 +38,8 @@ GpuKernels: TypeAlias = Literal["auto", "reference", "triton"]
 AttentionKernels: TypeAlias = Literal["auto", "triton", "flashinfer"]
 """auto: flashinfer where it is installed, agrees with triton and is faster, by trial, else triton."""
 LinkKind: TypeAlias = Literal["loopback", "mapped", "nixl", "gloo", "nccl"]
-Wire: TypeAlias = Literal["bf16", "fp32", "int8", "fp8_e4m3"]
-"""Numbers of KV on its way."""
+Wire: TypeAlias = Literal["bf16", "fp32", "fp8", "int8", "fp8_e4m3"]
+"""Numbers of KV on its way. fp8: a cache's own, as they lie; fp8_e4m3 and int8: rounded, with scales."""
 Eviction: TypeAlias = Literal["reuse", "lru"]
 """`kv.eviction`."""
 Verify: TypeAlias = Literal["off", "sample", "all"]
@@ -250,6 +253,9 @@ Outgoing: TypeAlias = Emission | Failure
 # ---- the hand-off ----------------------------------------------------------------------------
 
 
+_KV_BYTES: Final[dict[KvDtype, int]] = {"fp32": 4, "bf16": 2, "fp8": 1}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
     """The shape of one block on one device, block outermost: [layers, 2, heads, block_size, head_dim].
@@ -263,7 +269,7 @@ class KvLayout:
     """Of the model: all shards together."""
     block_size: int
     head_dim: int
-    dtype: ModelDtype
+    dtype: KvDtype
     shard: int = 0
     shards: int = 1
 
@@ -286,8 +292,15 @@ class KvLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        width = 4 if self.dtype == "fp32" else 2
-        return self.layers * 2 * len(self.heads) * self.block_size * self.head_dim * width
+        return prod(self.block_shape) * _KV_BYTES[self.dtype]
+
+    @property
+    def of_model(self) -> tuple[int, int, int, bool]:
+        """Where two differ in this, KV can't pass between them. Block sizes, shards, and bf16 and fp32 are bridged.
+
+        fp8 is not: its KV has other names, for keys and values of later layers come from rounded ones.
+        """
+        return self.layers, self.kv_heads, self.head_dim, self.dtype == "fp8"
 
     def all_shards(self) -> tuple[KvLayout, ...]:
         """Of all devices of this worker."""
@@ -608,6 +621,13 @@ class WorkerSpec:
     cuda_graphs: bool = True
     attention: AttentionKernels = "auto"
     eviction: Eviction = "lru"
+    kv: Literal["auto", "fp8"] = "auto"
+    """Numbers of the cache; auto is `dtype`."""
+
+    @property
+    def kv_dtype(self) -> KvDtype:
+        """`kv` with `auto` decided."""
+        return self.dtype if self.kv == "auto" else self.kv
 
 
 # ---- what is done to a running cluster --------------------------------------------------------------

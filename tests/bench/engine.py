@@ -20,7 +20,7 @@ from torch import Tensor
 from cluster.cache import cache_folder
 from cluster.models.naming import resolve
 from diptych.hashing import KvIdentity, granule_hashes
-from diptych.types import Activations, FrontId, ModelSource, Request, RequestId, SamplingParams, WeightFormat
+from diptych.types import Activations, FrontId, KvDtype, ModelSource, Request, RequestId, SamplingParams, WeightFormat
 from kernels import Segment
 from tests.bench.results import Figure, figure, report
 from workers.engine.batch import Batch, ForwardPass
@@ -38,7 +38,8 @@ STEPS = 5
 """Decode steps in one measurement."""
 CPU = torch.device("cpu")
 Form: TypeAlias = str
-"""A weight format, with activations behind a stroke where they aren't bf16 (auto/int8); or torch."""
+"""A weight format, with activations behind a stroke where they aren't bf16 (auto/int8); or torch. Behind a plus the
+cache's numbers, where they aren't bf16 (auto+fp8)."""
 ROOT = KvIdentity(model_digest="bench", weight_format="any", kv_dtype="bf16").root()
 _numbers = itertools.count()
 
@@ -79,6 +80,7 @@ class Rig:
     def __init__(self, source: ModelSource, form: Form, threads: int) -> None:
         self.form, cache = form, cache_folder() / "weights"
         self.model: ForwardPass
+        form, _, kv = form.partition("+")
         if form == "torch":
             weights = load_weights(source, "bf16", cache=cache)
             self.model, self.how = Model(weights, max_context=weights.config.context, device=CPU), "torch, as it comes"
@@ -94,8 +96,10 @@ class Rig:
                 activations=cast("Activations", activations or "bf16"),
             )
         limits = EngineLimits(block_size=16, blocks=2200, max_batch_tokens=2048, max_running=64, max_context=4096)
-        self.engine = Engine(self.model, limits, dtype="bf16", device=CPU)
-        self.engine.arena.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        self.engine = Engine(self.model, limits, dtype=cast("KvDtype", kv or "bf16"), device=CPU)
+        random = torch.Generator().manual_seed(0)
+        for part in self.engine.arena.split(100):
+            part.copy_(torch.empty(part.shape).normal_(std=0.5, generator=random))
         self.inside: Timed | None = None
         if isinstance(self.model, NativeModel):
             decoder: Any = self.model._decoder
@@ -216,7 +220,7 @@ def measure_decode(rig: Rig, batch: int, context: int, to: Measured) -> None:
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--model", default="smollm2-135m-instruct")
-    asked.add_argument("--weights", default="auto,auto/int8,bf16", help="formats, as in auto,int8/int8,torch")
+    asked.add_argument("--weights", default="auto,auto/int8,bf16", help="formats, as in auto,int8/int8,auto+fp8,torch")
     asked.add_argument("--threads", type=int, default=2)
     asked.add_argument("--rounds", type=int, default=5)
     asked.add_argument("--only", default="", help="cases that begin so: prefill, decode 8, mixed")

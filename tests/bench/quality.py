@@ -1,6 +1,7 @@
-"""What each way to compute and each weight format costs in quality: perplexity on a fixed text, choices beside fp32's.
+"""What each way to compute, each weight format and a KV cache in fp8 cost in quality: perplexity on a fixed text,
+choices beside fp32's.
 
-PYTHONPATH=.:proto python -m tests.bench.quality
+PYTHONPATH=.:proto python -m tests.bench.quality --only "KV fp8"
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from workers.engine.native_model import NativeModel
 from workers.engine.packed_weights import pack_weights
 from workers.engine.weights import Weights, load_weights
 
-CPU = torch.device("cpu")
+CPU, FP8 = torch.device("cpu"), torch.float8_e4m3fn
 FORMATS: tuple[WeightFormat, ...] = ("bf16", "int8", "int4")
 
 
@@ -46,18 +47,25 @@ def ways(source: ModelSource) -> Iterator[Way]:
     cache = cache_folder() / "weights"
     exact = load_weights(source, "fp32", cache=cache)
     context = exact.config.context
-    yield Way("torch, fp32", Model(exact, max_context=context, device=CPU), torch.float32)
+    in_fp32 = Model(exact, max_context=context, device=CPU)
+    yield Way("torch, fp32", in_fp32, torch.float32)
+    yield Way("torch, fp32, KV fp8", in_fp32, FP8)
     weights = load_weights(source, "bf16", cache=cache)
-    yield Way("torch, bf16", Model(weights, max_context=context, device=CPU), torch.bfloat16)
+    in_bf16 = Model(weights, max_context=context, device=CPU)
+    yield Way("torch, bf16", in_bf16, torch.bfloat16)
+    yield Way("torch, bf16, KV fp8", in_bf16, FP8)
     library = load_library(cache)
 
     def native(name: str, of: Weights, form: WeightFormat) -> Iterator[Way]:
         packed = pack_weights(library, of, form, None)
-        yield Way(name, NativeModel(library, of, packed, max_context=context, threads=1), torch.bfloat16)
+        model = NativeModel(library, of, packed, max_context=context, threads=1)
+        yield Way(name, model, torch.bfloat16)
+        yield Way(f"{name}, KV fp8", model, FP8)
         if form == "bf16" or reason_against_int8(library):
             return
         model = NativeModel(library, of, packed, max_context=context, threads=1, activations="int8")
         yield Way(f"{name}, activations int8", model, torch.bfloat16)
+        yield Way(f"{name}, activations int8, KV fp8", model, FP8)
 
     yield from native("C++, the file's own bits", weights, "auto")
     # As if the file had bf16 only.
@@ -90,11 +98,15 @@ def figures(way: Way, logits: Tensor, exact: Tensor, tokens: list[int]) -> Itera
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--model", default="smollm2-135m-instruct")
-    source = resolve(asked.parse_args().model, progress=print)
+    asked.add_argument("--only", default="", help="a part of the name of those to compute; fp32 is, in any case")
+    told = asked.parse_args()
+    source = resolve(told.model, progress=print)
     tokens = list(TextModel.load(source).encode(TEXT))
     found: list[Figure] = []
     exact: Tensor | None = None
     for way in ways(source):
+        if exact is not None and told.only not in way.name:
+            continue
         logits = said(way, tokens)
         exact = logits if exact is None else exact
         found += figures(way, logits, exact, tokens)

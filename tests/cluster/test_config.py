@@ -119,6 +119,8 @@ def test_a_section_given_a_value_says_which_keys_it_has(tmp_path: Path) -> None:
         ("kv.block_size", 48, "16, 32, 64, 128 or 256"),
         ("kv.link", "loopback", "auto, mapped, nixl, gloo or nccl works"),
         ("kv.wire", "int4", "'native', 'int8' or 'fp8_e4m3'"),
+        ("kv.dtype", "int8", "'auto' or 'fp8'"),
+        ("kv.dtype", "bf16", "'auto' or 'fp8'"),
         ("admission.queue.high", 0, "greater than 0"),
         ("admission.queue.low", 30_001, "less than or equal to 30000"),
         ("admission.least_share.low", 0.6, "less than or equal to 0.5"),
@@ -147,6 +149,20 @@ def test_a_wrong_value_names_its_key_its_origin_and_what_is_allowed(key: str, va
     (problem,) = problems(None, (key, value))
     assert problem.startswith(f"{key} = {value!r} (--set): ")
     assert told in problem
+
+
+@pytest.mark.parametrize("wire", ["int8", "fp8_e4m3"])
+def test_a_cache_in_fp8_is_not_rounded_again_on_its_way(wire: str) -> None:
+    (problem,) = problems(None, ("kv.dtype", "fp8"), ("kv.wire", wire))
+    assert f"kv.wire = '{wire}' would round what kv.dtype = 'fp8' has in 8 bits already" in problem
+    assert "leave kv.wire native" in problem
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv", "kept"), [("auto", "auto", "bf16"), ("fp32", "auto", "fp32"), ("fp32", "fp8", "fp8")]
+)
+def test_the_cache_has_the_models_numbers_unless_it_is_told_others(dtype: str, kv: str, kept: str) -> None:
+    assert load(overrides=said(("model.dtype", dtype), ("kv.dtype", kv))).kv_dtype == kept
 
 
 def test_every_problem_is_told_at_once() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from kernels import GRANULE, Granules, granule_bytes, pack_granules, unpack_granules
 from kernels.reference import granules as reference
+from kernels.reference.fp8 import FP8, narrowed
 
 LAYERS, HEADS, DIM = 3, 4, 8
 TOKENS = 7 * GRANULE
@@ -30,17 +31,18 @@ def tokens_of(held: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
     return torch.cat([held[block] for block in blocks], dim=3)[:, :, :, :TOKENS]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("source_size", "target_size"), [(16, 16), (16, 32), (32, 16), (48, 16), (64, 32)])
 def test_block_sizes_are_bridged_without_a_change(source_size: int, target_size: int, dtype: torch.dtype) -> None:
     source, target = arena(source_size, dtype), arena(target_size, dtype)
     untouched = target.clone()
     there = [7, 0, 3, 11, 2, 9, 1][: -(-TOKENS // source_size)]
     here = [1, 10, 4, 6, 8, 0, 5][: -(-TOKENS // target_size)]
-    wire = "fp32" if dtype == torch.float32 else "bf16"
+    wire = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}[dtype]
     packed = pack_granules(source, granules(there, source_size, 7), slice(0, HEADS), wire)
     assert (packed.dtype, packed.shape) == (torch.uint8, (7 * granule_bytes(LAYERS, HEADS, DIM, wire),))
     unpack_granules(target, granules(here, target_size, 7), slice(0, HEADS), wire, packed)
+    source, target, untouched = source.float(), target.float(), untouched.float()
     assert torch.equal(tokens_of(target, here), tokens_of(source, there))
     others = [block for block in range(12) if block not in here]
     assert torch.equal(target[others], untouched[others])
@@ -67,6 +69,41 @@ def test_fp32_becomes_bf16_by_rounding_once() -> None:
     at, to = granules([3, 5], 16, 2), granules([7], 32, 2)
     unpack_granules(target, to, slice(0, HEADS), "bf16", pack_granules(source, at, slice(0, HEADS), "bf16"))
     assert torch.equal(target[7], torch.cat([source[3], source[5]], dim=3).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_a_cache_in_fp8_is_its_bytes_on_the_wire_nan_included(block_size: int) -> None:
+    source = torch.randint(0, 256, (12, LAYERS, 2, HEADS, block_size, DIM), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    at, all_heads = granules([3, 5], block_size, 2), slice(0, HEADS)
+    packed = pack_granules(source.view(FP8), at, all_heads, "fp8")
+    assert len(packed) * 2 == 2 * granule_bytes(LAYERS, HEADS, DIM, "bf16")
+    unpack_granules(target.view(FP8), at, all_heads, "fp8", packed)
+    for block, part in zip(at.blocks.tolist(), at.parts.tolist(), strict=True):
+        tokens = slice(part * GRANULE, (part + 1) * GRANULE)
+        assert torch.equal(target[block, :, :, :, tokens], source[block, :, :, :, tokens])
+    assert (target != 0).any(-1).sum() <= 2 * LAYERS * 2 * HEADS * GRANULE
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp8"])
+def test_what_comes_into_a_cache_in_fp8_is_rounded_once_and_never_too_large(wire: str) -> None:
+    source, target = arena(16), arena(32, FP8)
+    source[3, 1, 0, 2, 7, 5], source[5, 1, 1, 2, 7, 5] = 1e4, -1e4
+    at, to = granules([3, 5], 16, 2), granules([7], 32, 2)
+    unpack_granules(target, to, slice(0, HEADS), wire, pack_granules(source, at, slice(0, HEADS), wire))
+    sent = torch.cat([source[3], source[5]], dim=3).to(torch.bfloat16 if wire == "bf16" else torch.float32)
+    assert torch.equal(target[7].float(), narrowed(sent, FP8).float())
+    assert target[7].float().abs().max() == 448.0
+
+
+@pytest.mark.parametrize("wire", ["int8", "fp8_e4m3"])
+def test_a_quantised_wire_has_scales_whatever_the_cache_has(wire: str) -> None:
+    source, target = arena(16, FP8), arena(16, FP8)
+    at = granules([3, 5], 16, 2)
+    packed = pack_granules(source, at, slice(0, HEADS), wire)
+    assert len(packed) == 2 * granule_bytes(LAYERS, HEADS, DIM, wire)
+    unpack_granules(target, at, slice(0, HEADS), wire, packed)
+    torch.testing.assert_close(target[[3, 5]].float(), source[[3, 5]].float(), atol=0.5, rtol=0.2)
 
 
 @pytest.mark.parametrize(("wire", "steps"), [("int8", 254), ("fp8_e4m3", 32)])

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+
+from diptych.errors import LayoutMismatch
 
 Make = Callable[..., Any]
 LINKS = ("gloo", "mapped", "loopback")
@@ -78,6 +81,66 @@ def test_fp32_to_bf16_is_a_local_run_on_rounded_kv(
             here = await two.see(two.d, lambda roles: held(roles, request))
             assert here.dtype != there.dtype
             assert here.equal(there.to(here.dtype))
+
+    run(test())
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_cache_in_fp8_lands_as_it_lies(
+    run: Make, pair: Make, bench: Make, prompt: Make, request_for: Make, link: str
+) -> None:
+    """Every byte of it, and the answer is the one of a cache in fp8 in one place."""
+    prompts = [prompt(length, seed=length) for length in (5, 16, 17, 96, 300)]
+    clean = bench("fp8").answers(*(request_for(each) for each in prompts))
+
+    async def test() -> None:
+        async with pair(link=link, kv="fp8", max_batch_tokens=96, decode={"block_size": 32}) as two:
+            requests = [request_for(each) for each in prompts]
+            assert await two.answers(*requests) == clean
+            assert {two.front.served(each.id).how for each in requests} == {"remote"}
+        async with pair(link=link, kv="fp8") as two:
+            request = request_for(prompt(64), max_tokens=2)
+            await two.answers(request)
+            await two.settle()
+            there = await two.see(two.p, lambda roles: held(roles, request))
+            here = await two.see(two.d, lambda roles: held(roles, request))
+            assert here.dtype == torch.float8_e4m3fn
+            assert here.float().any()
+            assert here.view(torch.uint8).equal(there.view(torch.uint8))
+
+    run(test())
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_cache_in_fp8_has_twice_the_blocks_and_moves_half_the_bytes_of_bf16(
+    run: Make, pair: Make, prompt: Make, request_for: Make, link: str
+) -> None:
+    async def test() -> None:
+        moved, room = {}, {}
+        for kv in ("auto", "fp8"):
+            async with pair(link=link, dtype="bf16", kv=kv) as two:
+                request = request_for(prompt(160), fingerprint=False)
+                await two.answers(request)
+                await two.settle()
+                served = two.front.served(request.id)
+                assert (served.how, served.kv_blocks_sent) == ("remote", 10)
+                sent, received = [await two.counters(worker) for worker in (two.p, two.d)]
+                assert sent.bytes_sent == received.bytes_received == served.kv_bytes_sent
+                moved[kv], room[kv] = served.kv_bytes_sent, two.d.info.blocks
+        assert moved["fp8"] * 2 == moved["auto"]
+        assert room["fp8"] == room["auto"] * 2
+
+    run(test())
+
+
+@pytest.mark.parametrize("narrow", ["prefill", "decode"])
+def test_fp8_on_one_side_is_refused_naming_both(run: Make, pair: Make, narrow: str) -> None:
+    async def test() -> None:
+        async with pair(**{narrow: {"kv": "fp8"}}) as two:
+            for worker, other in ((two.p, "d"), (two.d, "p")):
+                met = await two.see(worker, lambda roles, other=other: roles.receiver._sources[other])
+                assert isinstance(met, LayoutMismatch)
+                assert all(side in str(met) for side in ("dtype='fp8'", "dtype='fp32'", "fp8 is for both or neither"))
 
     run(test())
 

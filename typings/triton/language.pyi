@@ -7,6 +7,7 @@ pointer_type = Any
 tensor = Any
 bfloat16: Any
 float32: Any
+float8e4nv: Any
 int8: Any
 int32: Any
 int64: Any

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import kernels
 from diptych.errors import Internal, ServingError
-from diptych.types import BlockId, Counters, Eviction, KvLayout, KvLeg, KvSource, Load, ModelDtype, Wire
+from diptych.types import BlockId, Counters, Eviction, KvDtype, KvLayout, KvLeg, KvSource, Load, Wire
 from workers.engine.batch import Batch, ForwardPass
 from workers.engine.batching import Batcher, StepPlan, Work
 from workers.engine.blocks import BlockPool
@@ -47,7 +47,7 @@ class StepResult:
     failed: tuple[tuple[Sequence, ServingError], ...]
 
 
-def layout_of(config: ModelConfig, block_size: int, dtype: ModelDtype) -> KvLayout:
+def layout_of(config: ModelConfig, block_size: int, dtype: KvDtype) -> KvLayout:
     """Of one worker with the whole model."""
     return KvLayout(
         layers=config.layers, kv_heads=config.kv_heads, block_size=block_size, head_dim=config.head_dim, dtype=dtype
@@ -62,11 +62,11 @@ class Engine:
         model: ForwardPass,
         limits: EngineLimits,
         *,
-        dtype: ModelDtype,
+        dtype: KvDtype,
         device: torch.device,
         memory: KvMemory | None = None,
     ) -> None:
-        """`memory` of the layout that `layout_of` gives; None for one of its own."""
+        """`dtype` is the cache's. `memory` of the layout that `layout_of` gives; None for one of its own."""
         self.layout = layout_of(model.config, limits.block_size, dtype)
         self.limits = limits
         memory = memory or private_memory(self.layout, limits.blocks, device)

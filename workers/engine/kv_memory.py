@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.types import BlockId, KvLayout, KvSource, ModelDtype
+from diptych.types import BlockId, KvDtype, KvLayout, KvSource
 from kernels import GRANULE, Granules, pack_granules
 
-TORCH_DTYPE: dict[ModelDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPE: dict[KvDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,6 +26,8 @@ from workers.engine.weights import Weights, load_weights
 
 _FP8_CAPABILITY = (9, 0)
 """What products by rows' scales need (`kernels.gpu.low_bits`)."""
+_FP8_KV_CAPABILITY = (8, 9)
+"""Below it Triton knows no e4m3."""
 
 
 class Loaded(NamedTuple):
@@ -43,6 +45,8 @@ class GpuChoice(NamedTuple):
     graphs: bool = True
     attention: AttentionKernels = "auto"
     block_size: int = 16
+    fp8_kv: bool = False
+    """The cache is in fp8."""
 
 
 def load_model(
@@ -120,7 +124,12 @@ def _reason_against_triton(dtype: ModelDtype, device: torch.device, on_gpu: GpuC
         return "engine.kernels = reference"
     if dtype != "bf16":
         return "the Triton kernels are for bf16"
-    return reason_against(device)
+    reason = reason_against(device)
+    if on_gpu.fp8_kv and not reason and (able := torch.cuda.get_device_capability(device)) < _FP8_KV_CAPABILITY:
+        return (
+            f"Triton reads fp8 from compute capability {_dotted(_FP8_KV_CAPABILITY)} on, this GPU has {_dotted(able)}"
+        )
+    return reason
 
 
 def _triton(weights: Weights, form: WeightFormat, device: torch.device, on_gpu: GpuChoice) -> Loaded:
@@ -146,8 +155,9 @@ def _attention(weights: Weights, device: torch.device, on_gpu: GpuChoice) -> Cho
     config, dtype = weights.config, weights.tensors["model.norm.weight"].dtype
     looks = tuple(Look(config.attention_scale, window, config.attention_soft_cap) for window in config.windows)
     shape = Shape(config.heads, config.kv_heads, config.head_dim, on_gpu.block_size, dtype, looks)
+    in_cache = torch.float8_e4m3fn if on_gpu.fp8_kv else dtype
     candidate = Candidate(
-        flashinfer_attention.reason_against(config.head_dim, dtype, device),
+        flashinfer_attention.reason_against(config.head_dim, in_cache, device),
         partial(flashinfer_attention.flashinfer_attention, config.heads // config.kv_heads, config.head_dim, device),
     )
     found = chosen_attention(on_gpu.attention, triton_attention(device), candidate, shape, device, graphs=on_gpu.graphs)

@@ -1,8 +1,8 @@
 """The forward pass in C++, for bf16 on CPUs that multiply it. Same call as `model.Model`; knows no sequence.
 
-Rows are fp32 between products, which take bf16, or int8 where that is asked for. However tokens are
-batched, chunked, cached and placed, their logits are the same bits, as long as every worker computes
-this way.
+Rows are fp32 between products, which take bf16, or int8 where that is asked for; KV is in bf16 or
+fp8. However tokens are batched, chunked, cached and placed, their logits are the same bits, as long
+as every worker computes this way.
 """
 
 from __future__ import annotations

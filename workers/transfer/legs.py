@@ -1,7 +1,7 @@
 """Which device of the sender gives which heads to which device of the receiver. Knows layouts, moves nothing.
 
 Two layouts can be bridged when they are of one model: the same layers, heads and head size.
-Block sizes, numbers and the number of shards may differ.
+Block sizes, the number of shards, and bf16 and fp32 may differ; fp8 and another may not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ def match_legs(source: KvLayout, target: KvLayout) -> tuple[KvLeg, ...]:
     Of several source shards with the same head neighbours take different ones. Raises
     LayoutMismatch, naming both.
     """
-    if _model(source) != _model(target):
-        raise LayoutMismatch(f"KV of {source} can't become KV of {target}: layers, heads and head size must agree")
+    if source.of_model != target.of_model:
+        raise LayoutMismatch(
+            f"KV of {source} can't become KV of {target}: layers, heads and head size must agree, and fp8 is for both "
+            "or neither"
+        )
     return tuple(leg for shard in target.all_shards() for leg in _legs_to(source, shard))
 
 
 def narrower(source: KvLayout, target: KvLayout) -> Wire:
     """The numbers in which nothing is lost that the receiver could keep."""
-    return "fp32" if source.dtype == target.dtype == "fp32" else "bf16"
+    return source.dtype if source.dtype == target.dtype else "bf16"
 
 
 def _legs_to(source: KvLayout, target: KvLayout) -> list[KvLeg]:
@@ -36,7 +39,3 @@ def _legs_to(source: KvLayout, target: KvLayout) -> list[KvLeg]:
         legs.append(KvLeg(source=holder.shard, target=target.shard, first_head=wanted.start, heads=count))
         wanted = wanted[count:]
     return legs
-
-
-def _model(layout: KvLayout) -> tuple[int, int, int]:
-    return layout.layers, layout.kv_heads, layout.head_dim

@@ -1,9 +1,17 @@
-// A single product, for whoever measures or checks one: by one thread, without a decoder.
+// A single product, and numbers of a cache, for whoever measures or checks them: by one thread, without a decoder.
+#include "fp8.h"
 #include "panel_rows.h"
 
 using namespace diptych;
 
 extern "C" {
+
+// `count` is a multiple of 32.
+void diptych_narrow_fp8(const float* x, int64_t count, fp8* to) {
+    for (int64_t i = 0; i < count; i += 16) store(to + i, _mm512_loadu_ps(x + i));
+}
+
+void diptych_widen_fp8(const fp8* x, int64_t count, bf16* to) { widen_fp8(x, count, to); }
 
 int64_t diptych_can_multiply_int8() { return can_multiply_int8(); }
 

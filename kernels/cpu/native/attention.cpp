@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "fp8.h"
+
 namespace diptych {
 
 namespace {
@@ -11,10 +13,11 @@ struct Piece {
     int64_t rows() const { return tokens * group; }
 };
 
-const bf16* key_at(const Look& look, const Cache& cache, const Segment& segment, int64_t position, int64_t kv_head) {
+// `head` counts those of the keys, then those of the values.
+const uint8_t* row_at(const Look& look, const Cache& cache, const Segment& segment, int64_t position, int64_t head) {
     const int64_t block = segment.blocks[position / cache.block_size];
-    const int64_t place = kv_head * cache.block_size + position % cache.block_size;
-    return cache.layer + block * cache.block_stride + place * look.head_dim;
+    const int64_t place = head * cache.block_size + position % cache.block_size;
+    return cache.layer + block * cache.block_stride + place * look.head_dim * cache.width;
 }
 
 // 16 rows of 16 pairs each → 16 pairs of 16 rows each.
@@ -44,21 +47,20 @@ void transpose(__m512i (&row)[16]) {
     }
 }
 
-struct Sixteen {
-    const bf16 *keys, *values;  // [16, dim]
-};
-
-// Positions [from, from + 16), zeros from `to` on: beyond the end a block may hold anything.
-Sixteen sixteen(const Look& look, const Cache& cache, const Segment& segment, int64_t kv_head, int64_t from, int64_t to,
-                bf16* spare) {
+// A head's positions [from, from + 16), zeros from `to` on: beyond the end a block may hold anything. [16, dim]
+const bf16* sixteen(const Look& look, const Cache& cache, const Segment& segment, int64_t head, int64_t from,
+                    int64_t to, bf16* spare) {
     const int64_t dim = look.head_dim, here = std::clamp<int64_t>(to - from, 0, 16);
-    const bf16* keys = here ? key_at(look, cache, segment, from, kv_head) : nullptr;
-    const bf16* values = keys + look.kv_heads * cache.block_size * dim;
-    if (here == 16) return {keys, values};
-    std::memset(spare, 0, 2 * 16 * dim * sizeof(bf16));
-    std::memcpy(spare, keys, here * dim * sizeof(bf16));
-    std::memcpy(spare + 16 * dim, values, here * dim * sizeof(bf16));
-    return {spare, spare + 16 * dim};
+    std::memset(spare + here * dim, 0, (16 - here) * dim * sizeof(bf16));
+    if (!here) return spare;
+    const uint8_t* rows = row_at(look, cache, segment, from, head);
+    if (cache.width == sizeof(fp8)) {
+        widen_fp8(rows, here * dim, spare);
+        return spare;
+    }
+    if (here == 16) return (const bf16*)rows;
+    std::memcpy(spare, rows, here * dim * sizeof(bf16));
+    return spare;
 }
 
 // 32 keys as a panel whose columns are keys: [dim / 2, 32, 2].
@@ -118,14 +120,16 @@ class Split {
     }
 
   private:
-    Sixteen at(int64_t key) const {
-        return sixteen(look_, cache_, segment_, kv_head_, from_ + key, to_, desk_.spare.data());
+    const bf16* at(int64_t key, int64_t head) const {
+        return sixteen(look_, cache_, segment_, head, from_ + key, to_, desk_.spare.data());
     }
     void arrange_keys(int64_t key, bf16* to) const {
-        for (int64_t half = 0; half < 2; ++half) rearrange_keys(at(key + half * 16).keys, look_.head_dim, half, to);
+        for (int64_t half = 0; half < 2; ++half)
+            rearrange_keys(at(key + half * 16, kv_head_), look_.head_dim, half, to);
     }
     void arrange_values(int64_t key, bf16* to) const {
-        for (int64_t half = 0; half < 2; ++half) rearrange_values(at(key + half * 16).values, look_.head_dim, half, to);
+        for (int64_t half = 0; half < 2; ++half)
+            rearrange_values(at(key + half * 16, look_.kv_heads + kv_head_), look_.head_dim, half, to);
     }
 
     const Look& look_;
@@ -139,11 +143,11 @@ class Split {
 // All heads' keys and values of a block are one piece of memory: read in one go, they come three times
 // as fast as head by head. The second cache keeps a split of them.
 void read_ahead(const Look& look, const Cache& cache, const Segment& segment, int64_t from, int64_t to) {
-    const int64_t size = 2 * look.kv_heads * cache.block_size * look.head_dim;
+    const int64_t size = 2 * look.kv_heads * cache.block_size * look.head_dim * cache.width;
     __m512i read = _mm512_setzero_si512();
     for (int64_t key = from; key < to; key += cache.block_size) {
-        const bf16* block = cache.layer + segment.blocks[key / cache.block_size] * cache.block_stride;
-        for (int64_t i = 0; i < size; i += 32) read = _mm512_or_si512(read, _mm512_loadu_si512(block + i));
+        const uint8_t* block = cache.layer + segment.blocks[key / cache.block_size] * cache.block_stride;
+        for (int64_t i = 0; i < size; i += 64) read = _mm512_or_si512(read, _mm512_loadu_si512(block + i));
     }
     asm volatile("" ::"v"(read));  // the loads are the purpose
 }
@@ -225,7 +229,7 @@ void visit(const Piece& piece, const Look& look, int64_t base, int64_t row, int 
 
 void make_room(Desk& desk, int64_t rows, int64_t dim) {
     desk.rows.resize(rows * dim);
-    desk.spare.resize(2 * 16 * dim);
+    desk.spare.resize(16 * dim);
     desk.keys.resize(kSplit * dim);
     desk.values.resize(kSplit * dim);
     desk.shares.resize(kMostRows * kSplit);

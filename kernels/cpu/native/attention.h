@@ -3,7 +3,7 @@
 // As in kernels/reference/attention.py: keys are visited in splits of 256 positions from position 0
 // on, each split's softmax is whole in itself, and the parts are merged in order. So a query's
 // result has the same bits whatever rows came with it. Scores and sums are fp32; probabilities are
-// rounded to bf16 before they meet the values.
+// rounded to bf16 before they meet the values. What lies in fp8 is widened to bf16, which changes no number.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,11 @@ struct Look {
     int64_t window;         // keys each query sees, its own included; 0: all
 };
 
-// One layer of the cache: [blocks, 2, kv_heads, block_size, head_dim], a block every `block_stride`.
+// One layer of the cache: [blocks, 2, kv_heads, block_size, head_dim], a block every `block_stride` bytes, in numbers
+// of `width` bytes: 2 are bf16, 1 is fp8.
 struct Cache {
-    bf16* layer;
-    int64_t block_stride, block_size;
+    uint8_t* layer;
+    int64_t block_stride, block_size, width;
 };
 
 // Some tokens of one sequence, at positions start, start + 1, ...

@@ -36,8 +36,8 @@ struct DiptychEnds {
 };
 
 struct DiptychStep {
-    bf16* arena;  // [blocks, layers, 2, kv_heads, block_size, head_dim]
-    int64_t block_size;
+    uint8_t* arena;  // [blocks, layers, 2, kv_heads, block_size, head_dim]
+    int64_t block_size, width;  // of a number, in bytes: 2 are bf16, 1 is fp8
     const int64_t* tokens;
     int64_t rows;
     const Segment* segments;
@@ -120,14 +120,16 @@ class Decoder {
     void forward(const DiptychStep& step, Desk& desk) {
         const auto& s = shape_;
         team_.each(pieces(step.rows), [&](int64_t piece) { each_row(piece, step.rows, [&](int64_t row) { embed(step, row); }); });
-        const int64_t layer_size = 2 * s.kv_heads * step.block_size * s.head_dim;
+        const int64_t layer_size = 2 * s.kv_heads * step.block_size * s.head_dim * step.width;
         for (int64_t index = 0; index < s.layers; ++index) {
             const DiptychLayer& layer = layers_[index];
-            const Cache cache{step.arena + index * layer_size, layer_size * s.layers, step.block_size};
+            const Cache cache{step.arena + index * layer_size, layer_size * s.layers, step.block_size, step.width};
             norm(layer.attention_norm, step.rows);
             multiply_into(layer.qkv, normed_.data(), step.rows, qkv_.data(), desk);
             team_.each(pieces(step.rows), [&](int64_t piece) {
-                each_row(piece, step.rows, [&](int64_t row) { place(layer, cache, row); });
+                each_row(piece, step.rows, [&](int64_t row) {
+                    step.width == sizeof(fp8) ? place<fp8>(layer, cache, row) : place<bf16>(layer, cache, row);
+                });
             });
             const Look look{s.heads, s.kv_heads, s.head_dim, s.attention_scale, s.attention_soft_cap, layer.window};
             team_.each(int64_t(tasks_.size()), [&](int64_t at) {
@@ -197,6 +199,7 @@ class Decoder {
     }
 
     // A row's queries, keys and values: normed and turned, the latter two into the cache.
+    template <class Number>
     void place(const DiptychLayer& layer, const Cache& cache, int64_t row) {
         const auto& s = shape_;
         const Segment& segment = *home_[row];
@@ -208,13 +211,13 @@ class Decoder {
             turn(head, table, dim, query_.data() + (row * s.heads + i) * dim);
         }
         const int64_t block = segment.blocks[position / cache.block_size];
-        bf16* to = cache.layer + block * cache.block_stride + position % cache.block_size * dim;
+        Number* to = (Number*)(cache.layer + block * cache.block_stride) + position % cache.block_size * dim;
         for (int64_t i = 0; i < s.kv_heads; ++i, head += dim, to += cache.block_size * dim) {
             if (layer.key_norm) rms_norm(head, layer.key_norm, dim, s.epsilon, head);
             turn(head, table, dim, to);
         }
         for (int64_t i = 0; i < s.kv_heads; ++i, head += dim, to += cache.block_size * dim)
-            for (int64_t k = 0; k < dim; k += 16) store_bf16(to + k, _mm512_loadu_ps(head + k));
+            for (int64_t k = 0; k < dim; k += 16) store(to + k, _mm512_loadu_ps(head + k));
     }
 
     // store(row, panel, sums of its 32 columns) for every row and panel.

@@ -1,7 +1,7 @@
 // What happens to one row at a time: normalisation and rotary positions.
 #pragma once
 
-#include "numbers.h"
+#include "fp8.h"
 
 namespace diptych {
 
@@ -30,13 +30,14 @@ inline void rms_norm(const float* x, const float* weight, int64_t size, float ep
 }
 
 // A head, turned by its position and rounded. table: cosines [dim], then sines [dim].
-inline void turn(const float* head, const float* table, int64_t dim, bf16* to) {
+template <class Number>
+void turn(const float* head, const float* table, int64_t dim, Number* to) {
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i += 16) {
         const __m512 low = _mm512_loadu_ps(head + i), high = _mm512_loadu_ps(head + half + i);
         const __m512 cosine = _mm512_loadu_ps(table + i), sine = _mm512_loadu_ps(table + dim + i);
-        store_bf16(to + i, _mm512_fmsub_ps(low, cosine, _mm512_mul_ps(high, sine)));
-        store_bf16(to + half + i, _mm512_fmadd_ps(high, cosine, _mm512_mul_ps(low, sine)));
+        store(to + i, _mm512_fmsub_ps(low, cosine, _mm512_mul_ps(high, sine)));
+        store(to + half + i, _mm512_fmadd_ps(high, cosine, _mm512_mul_ps(low, sine)));
     }
 }
 

@@ -94,13 +94,15 @@ def test_several_fronts_have_the_ports_that_follow_and_free_ones_stay_free() -> 
 def test_what_is_set_reaches_every_worker() -> None:
     wanted = config(
         model__dtype="fp32", kv__block_size=32, kv__memory="64MiB", kv__verify="all", kv__lease_seconds=3,
-        engine__max_batch_tokens=128, engine__max_running=5,
+        kv__dtype="fp8", engine__max_batch_tokens=128, engine__max_running=5,
     )  # fmt: skip
     for each in first_members(wanted, site()):
+        assert (each.kv, each.kv_dtype) == ("fp8", "fp8")
         assert (each.dtype, each.block_size, each.memory_bytes) == ("fp32", 32, 64 << 20)
         assert (each.verify, each.lease_seconds) == ("all", 3.0)
         assert (each.max_batch_tokens, each.max_running) == (128, 5)
         assert (each.model.digest, each.secret, each.cache, each.host) == ("d", b"s", "/c", "10.0.0.1")
+    assert {each.kv_dtype for each in first_members(config(), site())} == {"bf16"}
     assert {each.memory_bytes for each in first_members(config(), site())} == {0}  # each measures what is free
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.config import Override, load
 from cluster.pools.members import first_members
-from cluster.pools.numbers import weight_format
+from cluster.pools.numbers import kv_numbers, weight_format
+from diptych.hashing import KvIdentity
 from diptych.types import Activations, WeightFormat
 from tests.cluster.pools.test_members import site
 
@@ -40,6 +41,19 @@ def config(**values: Any) -> Any:
 )
 def test_a_name_tells_all_that_was_rounded_and_nothing_else(values: dict[str, Any], name: str) -> None:
     assert named(**values) == name
+
+
+def test_no_prefix_of_one_cache_passes_for_one_in_other_numbers() -> None:
+    told = [{}, {"kv__dtype": "fp8"}, {"model__dtype": "fp32"}, {"kv__wire": "int8"}, {"kv__wire": "fp8_e4m3"}]
+    names = [kv_numbers(config(**values)) for values in told]
+    assert names == ["bf16", "fp8", "fp32", "bf16 over int8", "bf16 over fp8_e4m3"]
+    # fp8 of a model in fp32 is not fp8 of one in bf16.
+    both = [{"kv__dtype": "fp8"}, {"kv__dtype": "fp8", "model__dtype": "fp32"}]
+    forms = [(named(**values), kv_numbers(config(**values))) for values in both]
+    roots = [KvIdentity(model_digest="m", weight_format=form, kv_dtype=kv).root() for form, kv in forms]
+    roots += [KvIdentity(model_digest="m", weight_format="bf16", kv_dtype=name).root() for name in names]
+    assert roots[0] == roots[3]
+    assert len(set(roots)) == len(roots) - 1
 
 
 def test_each_pools_workers_are_told_theirs() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from diptych.types import KvLayout, Role, WorkerId, WorkerInfo
+from diptych.types import KvDtype, KvLayout, Role, WorkerId, WorkerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,7 @@ def info() -> Callable[..., WorkerInfo]:
         digest: str = "d1",
         block_size: int = 16,
         layers: int = 2,
+        dtype: KvDtype = "fp32",
         max_context: int = 8192,
         host: str = "here",
     ) -> WorkerInfo:
@@ -34,7 +35,7 @@ def info() -> Callable[..., WorkerInfo]:
             epoch=epoch,
             build=build,
             model_digest=digest,
-            layout=KvLayout(layers=layers, kv_heads=2, block_size=block_size, head_dim=8, dtype="fp32"),
+            layout=KvLayout(layers=layers, kv_heads=2, block_size=block_size, head_dim=8, dtype=dtype),
             blocks=1000,
             max_context=max_context,
             device="cpu",

@@ -50,6 +50,7 @@ def report(
         ({"build": "b2"}, ("build b2", "build b1")),
         ({"digest": "d2"}, ("digest d2", "digest d1")),
         ({"layers": 3}, ("layers=3", "layers=2")),
+        ({"dtype": "fp8"}, ("dtype='fp8'", "dtype='fp32'")),
     ],
 )
 def test_a_worker_that_cannot_exchange_kv_is_refused_naming_both_sides(

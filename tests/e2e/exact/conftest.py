@@ -24,6 +24,7 @@ from diptych.types import (
     RequestId,
     Role,
     SamplingParams,
+    Served,
     WorkerId,
     WorkerSpec,
 )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 64
 WireOption = Literal["native", "int8", "fp8_e4m3"]
+KvOption = Literal["auto", "fp8"]
 WAIT_SECONDS = 120
 ME, FRONT = WorkerId("lone-0"), FrontId("test")
 ROOT = KvIdentity(model_digest="any", weight_format="any", kv_dtype="any").root()
@@ -84,6 +86,7 @@ class Said:
     fingerprints: tuple[bytes | None, ...]
     argmax: tuple[int | None, ...]
     logprobs: tuple[float | None, ...]
+    served: Served | None
 
 
 class Lone:
@@ -141,6 +144,7 @@ def said(emissions: Sequence[Emission]) -> Said:
         fingerprints=tuple(each.fingerprint for each in emissions),
         argmax=tuple(each.argmax for each in emissions),
         logprobs=tuple(each.logprobs.logprob if each.logprobs else None for each in emissions),
+        served=emissions[-1].served,
     )
 
 
@@ -169,12 +173,12 @@ def spec_of(model: ModelSource, dtype: ModelDtype) -> WorkerSpec:
 
 
 @contextmanager
-def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
+def held(model: ModelSource, dtype: ModelDtype, kv: KvOption = "auto") -> Iterator[Lone]:
     """One worker."""
     from workers.worker import Worker
 
     async def made() -> Worker:
-        worker = Worker(spec_of(model, dtype))
+        worker = Worker(replace(spec_of(model, dtype), kv=kv))
         await worker.start()
         return worker
 
@@ -185,12 +189,12 @@ def held(model: ModelSource, dtype: ModelDtype) -> Iterator[Lone]:
 
 
 @contextmanager
-def held_apart(model: ModelSource, dtype: ModelDtype, wire: WireOption) -> Iterator[Lone]:
+def held_apart(model: ModelSource, dtype: ModelDtype, wire: WireOption, kv: KvOption = "auto") -> Iterator[Lone]:
     """Two workers, and every prompt handed over between them by gloo. First tokens come from prefill."""
     from workers.worker import Worker
 
     def made(worker: str, role: Role) -> Worker:
-        return Worker(replace(spec_of(model, dtype), id=WorkerId(worker), role=role, wire=wire))
+        return Worker(replace(spec_of(model, dtype), id=WorkerId(worker), role=role, wire=wire, kv=kv))
 
     async def started() -> tuple[Worker, Worker, asyncio.Task[None]]:
         prefill, decode = made("prefill-0", "prefill"), made("decode-0", "decode")
@@ -218,18 +222,20 @@ def held_apart(model: ModelSource, dtype: ModelDtype, wire: WireOption) -> Itera
 class Hold(Protocol):
     """The fixture `hold`."""
 
-    def __call__(self, model: ModelSource, dtype: ModelDtype) -> AbstractContextManager[Lone]: ...
+    def __call__(
+        self, model: ModelSource, dtype: ModelDtype, kv: KvOption = "auto"
+    ) -> AbstractContextManager[Lone]: ...
 
 
 @pytest.fixture(scope="session")
 def hold() -> Hold:
-    """`with hold(model, dtype) as lone:` a worker in this process."""
+    """`with hold(model, dtype, kv) as lone:` a worker in this process."""
     return held
 
 
 @pytest.fixture(scope="session")
 def hold_apart() -> Callable[..., AbstractContextManager[Lone]]:
-    """`with hold_apart(model, dtype, wire) as pair:` two workers in this process."""
+    """`with hold_apart(model, dtype, wire, kv) as pair:` two workers in this process."""
     return held_apart
 
 

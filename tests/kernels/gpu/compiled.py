@@ -95,6 +95,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for wire in ("bf16", "fp32", "int8", "fp8_e4m3"):
         for dtype in (BF16, FP32):
             yield f"{wire} of {dtype}", lambda wire=wire, dtype=dtype: _packed(wire, dtype)
+    for wire in ("bf16", "fp8"):
+        yield f"{wire} of {FP8}", lambda wire=wire: _packed(wire, FP8)
     for bits in ("int8", "fp8"):
         yield bits, lambda bits=bits: low_bits.narrow_rows(torch.zeros(3, 4096, dtype=BF16), bits, 32)
     yield "int8 product", lambda: low_bits.linear(torch.zeros(3, 64, dtype=BF16), _narrow(torch.int8), torch.zeros(64))
@@ -122,7 +124,7 @@ def _attention(dtype: torch.dtype, cache: torch.dtype, dim: int, group: int, loo
 def _packed(wire: Any, dtype: torch.dtype) -> None:
     at = Granules(torch.tensor([1, 2]), torch.tensor([0, 0]))
     for block, heads in ((16, slice(0, 8)), (32, slice(1, 3))):
-        arena = torch.zeros(4, 2, 2, 8, block, 128, dtype=dtype)
+        arena = torch.zeros(4, 2, 2, 8, block, 128).to(dtype)
         granules.unpack_granules(arena, at, heads, wire, granules.pack_granules(arena, at, heads, wire))
 
 

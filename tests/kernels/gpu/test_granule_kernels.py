@@ -12,9 +12,12 @@ pytest.importorskip("triton", reason="needs Triton: `make gpu-check` installs it
 
 from kernels.gpu import granules as gpu
 from kernels.reference import granules as reference
+from kernels.reference.fp8 import FP8, moved
 from kernels.reference.granules import Granules
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+cache_dtypes = [torch.float32, torch.bfloat16, FP8]
+each_cache = pytest.mark.parametrize("dtype", cache_dtypes, ids=["fp32", "bf16", "fp8"])
 each_heads = pytest.mark.parametrize("heads", [slice(0, 3), slice(1, 2)], ids=["all heads", "one of them"])
 SHAPES = [(16, 32), (32, 32), (64, 80), (16, 128)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"blocks of {shape[0]}, {shape[1]} wide")
@@ -34,21 +37,36 @@ def there(granules: Granules, device: torch.device) -> Granules:
     return Granules(*(each.to(device) for each in granules))
 
 
-@each_dtype
+@each_cache
 @each_heads
 @each_shape
-@pytest.mark.parametrize("wire", ["bf16", "fp32"])
+@pytest.mark.parametrize("wire", ["bf16", "fp32", "fp8"])
 def test_plain_granules_are_the_same_bits(
     device: torch.device, wire: Any, shape: tuple[int, int], heads: slice, dtype: torch.dtype
 ) -> None:
     arena, granules = arena_of(shape, dtype), chosen(shape)
+    arena[4, 0, 0, 1, 2, :2] = torch.tensor([1e4, -1e4]).to(dtype)  # in fp8 the largest
     wanted = reference.pack_granules(arena, granules, heads, wire)
     packed = gpu.pack_granules(arena.to(device), there(granules, device), heads, wire)
     assert torch.equal(packed.cpu(), wanted)
     target, found = torch.zeros_like(arena), torch.zeros_like(arena, device=device)
     reference.unpack_granules(target, granules, heads, wire, wanted)
     gpu.unpack_granules(found, there(granules, device), heads, wire, packed)
-    assert torch.equal(found.cpu(), target)
+    assert torch.equal(moved(found).cpu(), moved(target))
+
+
+@each_heads
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_cache_in_fp8_is_its_bytes_nan_included(device: torch.device, shape: tuple[int, int], heads: slice) -> None:
+    random = torch.Generator().manual_seed(0)
+    arena = torch.randint(0, 256, (6, 2, 2, 3, *shape), dtype=torch.uint8, generator=random).view(FP8)
+    granules, target, found = chosen(shape), torch.zeros_like(arena), torch.zeros_like(arena, device=device)
+    wanted = reference.pack_granules(arena, granules, heads, "fp8")
+    packed = gpu.pack_granules(arena.to(device), there(granules, device), heads, "fp8")
+    assert torch.equal(packed.cpu(), wanted)
+    reference.unpack_granules(target, granules, heads, "fp8", wanted)
+    gpu.unpack_granules(found, there(granules, device), heads, "fp8", packed)
+    assert torch.equal(moved(found).cpu(), moved(target))
 
 
 @each_dtype

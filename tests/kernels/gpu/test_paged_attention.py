@@ -14,6 +14,7 @@ from kernels.gpu.decode_attention import decode_attention, split_count
 from kernels.gpu.paged import Look, PagedRows, RowTiles, row_tiles
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.reference import attention as reference
+from kernels.reference.fp8 import FP8
 
 SPLIT = reference.SPLIT
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -133,14 +134,26 @@ def test_blocks_may_be_larger_than_a_tile_of_keys(device: torch.device, block_si
     torch.testing.assert_close(found, cache.wanted(query, 0, 299, look), atol=2e-5, rtol=2e-5)
 
 
-def test_a_cache_in_fp8_is_read_as_its_numbers(device: torch.device) -> None:
-    heads, look = HEADS[0], LOOKS[0]
-    cache, query = Cache(heads, [90], torch.bfloat16), queries(1, heads, torch.bfloat16)
-    narrow = cache.layer.nan_to_num().to(torch.float8_e4m3fn)
-    rows = cache.rows([(0, 89, 1)], device)
-    found = decode_attention(query.to(device), narrow.to(device), rows, look, 2).cpu()
-    cache.arena[:, 1] = narrow.to(torch.bfloat16)
-    torch.testing.assert_close(found.float(), cache.wanted(query, 0, 89, look), atol=2e-2, rtol=2e-2)
+@pytest.mark.parametrize("tile", [0, 64, 128], ids=lambda tile: f"prefill {tile}" if tile else "decode")
+def test_a_cache_in_fp8_is_read_as_its_numbers(device: torch.device, tile: int) -> None:
+    """To the bit: what was read is widened before anything is computed."""
+    heads, look = HEADS[0], LOOKS[1]
+    cache = Cache(heads, [90], torch.bfloat16)
+    narrow = cache.layer.to(FP8)
+    assert narrow.float().isnan().any(), "and what lies beyond the end is not read"
+    said: list[Tensor] = []
+    for layer in (narrow.to(device), narrow.to(torch.bfloat16).to(device)):
+        if tile:
+            query, rows = queries(90, heads, torch.bfloat16).to(device), cache.rows([(0, 0, 90)], device)
+            cut = torch.as_tensor(row_tiles([(0, 90, 0)], tile), device=device)
+            out = torch.full_like(query, torch.nan)
+            prefill_attention(query, layer, rows, RowTiles(cut, tile), look, out)
+        else:
+            query, rows = queries(1, heads, torch.bfloat16).to(device), cache.rows([(0, 89, 1)], device)
+            out = decode_attention(query, layer, rows, look, 2)
+        said.append(out.cpu())
+    assert said[0].isfinite().all()
+    assert torch.equal(*said)
 
 
 def test_what_is_not_finite_in_a_seen_key_shows(device: torch.device) -> None:

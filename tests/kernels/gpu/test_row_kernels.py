@@ -14,6 +14,7 @@ from kernels.gpu.paged import PagedRows
 from kernels.gpu.rope import HeadNorms, turn_and_write
 from kernels.reference import elementwise as reference
 from kernels.reference.blocks import write_kv
+from kernels.reference.fp8 import FP8, LARGEST, narrowed
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 GATES = {"silu": reference.swiglu, "gelu": reference.geglu, "gelu_tanh": reference.tanh_geglu}
@@ -95,3 +96,22 @@ def test_turned_queries_and_a_written_cache(
     untouched = torch.ones(9, dtype=torch.bool)
     untouched[blocks] = False
     assert torch.equal(on.cpu()[untouched], arena[untouched])
+
+
+@each_dtype
+def test_a_cache_in_fp8_is_written_rounded_once_and_never_too_large(device: torch.device, dtype: torch.dtype) -> None:
+    kv, dim = 2, 32
+    qkv = drawn(3, 3 * kv * dim, dtype=dtype)
+    of_values = qkv.view(3, 3, kv, dim)[:, 2]
+    of_values[0, 0, :6] = torch.tensor([1e4, -1e4, 448.0, 464.0, 465.0, 2**-10]).to(dtype)
+    of_values[1, 1, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan]).to(dtype)
+    places = [torch.tensor(each, dtype=torch.int32, device=device) for each in ([3, 4, 20], [0, 0, 0], [1, 2])]
+    table = reference.rope_table(100, dim, 10_000.0).to(device)
+    wide, narrow = (torch.zeros(3, 2, kv, 16, dim, device=device).to(kind) for kind in (torch.float32, FP8))
+    for layer in (wide, narrow):
+        turn_and_write(qkv.to(device), layer, PagedRows(*places), table, None)
+    found, wanted = narrow.float().cpu(), narrowed(wide, FP8).float().cpu()
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert int(found.isnan().sum()) == 3
+    assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    assert found[1, 1, 0, 3, :2].tolist() == [LARGEST, -LARGEST]

@@ -41,13 +41,20 @@ class Paged:
     """A model and an arena whose blocks are dealt out in no order."""
 
     def __init__(
-        self, weights: Weights, *, model: ForwardPass | None = None, context: int = 1024, sequences: int = 4
+        self,
+        weights: Weights,
+        *,
+        model: ForwardPass | None = None,
+        context: int = 1024,
+        sequences: int = 4,
+        kv: torch.dtype | None = None,
     ) -> None:
+        """`kv`: the cache's numbers; None for the weights'."""
         self.model = model or Model(weights, max_context=context, device=CPU)
         config = weights.config
         count = context // BLOCK
         shape = (count * sequences, config.layers, 2, config.kv_heads, BLOCK, config.head_dim)
-        self.arena = torch.zeros(shape, dtype=weights.tensors["model.norm.weight"].dtype)
+        self.arena = torch.zeros(shape, dtype=kv or weights.tensors["model.norm.weight"].dtype)
         order = torch.randperm(count * sequences, generator=torch.Generator().manual_seed(7))
         self._free = list(order.split(count))
 

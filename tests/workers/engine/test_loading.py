@@ -21,6 +21,8 @@ def load(
     kernels: Any = "auto",
     activations: Any = "bf16",
     attention: Any = "auto",
+    *,
+    fp8_kv: bool = False,
 ) -> Any:
     return load_model(
         TINY,
@@ -30,7 +32,7 @@ def load(
         device=torch.device(device),
         threads=1,
         activations=activations,
-        on_gpu=GpuChoice(kernels, attention=attention),
+        on_gpu=GpuChoice(kernels, attention=attention, fp8_kv=fp8_kv),
     )
 
 
@@ -61,6 +63,15 @@ def test_fp8_wants_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(UnsupportedModel, match=r"fp8 needs compute capability 9\.0, this GPU has 8\.0: int8 works"):
         load("cuda", form="fp8")
+
+
+def test_kv_in_fp8_wants_a_gpu_whose_kernels_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engine.loading.reason_against", lambda _: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    told = r"Triton reads fp8 from compute capability 8\.9 on, this GPU has 8\.0"
+    for asked in ({"kernels": "triton"}, {"form": "int8"}):
+        with pytest.raises(UnsupportedModel, match=told):
+            load("cuda", fp8_kv=True, **asked)
 
 
 def test_a_cpu_says_what_it_computes_with() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,8 @@ def test_heads_that_can_not_be_shared_out_are_refused(shard: int, shards: int) -
         replace(WHOLE, shard=shard, shards=shards)
 
 
-@pytest.mark.parametrize("other", [{"layers": 3}, {"kv_heads": 4}, {"head_dim": 32}])
-def test_another_models_layout_is_refused_by_both_names(other: dict[str, int]) -> None:
+@pytest.mark.parametrize("other", [{"layers": 3}, {"kv_heads": 4}, {"head_dim": 32}, {"dtype": "fp8"}])
+def test_another_models_layout_is_refused_by_both_names(other: dict[str, Any]) -> None:
     with pytest.raises(LayoutMismatch) as refused:
         match_legs(WHOLE, replace(WHOLE, **other))
     assert str(WHOLE) in str(refused.value)
@@ -57,5 +58,13 @@ def test_another_models_layout_is_refused_by_both_names(other: dict[str, int]) -
 
 
 def test_the_wire_keeps_what_both_sides_could_keep() -> None:
-    single = replace(WHOLE, dtype="fp32")
+    single, narrow = replace(WHOLE, dtype="fp32"), replace(WHOLE, dtype="fp8")
     assert [narrower(a, b) for a in (single, WHOLE) for b in (single, WHOLE)] == ["fp32", "bf16", "bf16", "bf16"]
+    assert narrower(narrow, narrow) == "fp8"
+
+
+def test_a_block_takes_the_bytes_of_its_numbers() -> None:
+    numbers = {"fp32": 4, "bf16": 2, "fp8": 1}
+    assert {dtype: replace(WHOLE, dtype=dtype).block_bytes for dtype in numbers} == {
+        dtype: 2 * 2 * 8 * 16 * 64 * width for dtype, width in numbers.items()
+    }
