@@ -17,6 +17,7 @@ SHARED_BYTES = 227 << 10
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_kernel_compiles_for_an_h200_and_fits(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

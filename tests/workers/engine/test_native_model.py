@@ -15,6 +15,7 @@ from tests.workers.engine.gguf_writer import write_gguf
 from tests.workers.engine.tiny_models import CASES, config_of, some_tokens
 from workers.engine.loading import load_model
 from workers.engine.model import Model
+from workers.engine.model_config import UnsupportedModel
 from workers.engine.packed_weights import kept_file
 from workers.engine.weights import Weights
 
@@ -178,7 +179,9 @@ def test_a_machine_without_room_for_panels_computes_with_torch(
 def test_fp32_and_odd_sizes_are_torchs(peer: Any, tmp_path: Path) -> None:
     peer(config_of("llama, grouped heads"))
     source, cpu = ModelSource(name="m", path=str(tmp_path), digest="0" * 64), torch.device("cpu")
-    for dtype, told in (("fp32", "are for bf16"), ("bf16", "multiples of 32")):
-        loaded = load_model(source, dtype, "int4", cache=None, device=cpu, threads=1)
+    for dtype, form, told in (("fp32", "int4", "are for bf16"), ("bf16", "auto", "multiples of 32")):
+        loaded = load_model(source, dtype, form, cache=None, device=cpu, threads=1)
         assert isinstance(loaded.model, Model)
         assert told in loaded.how
+    with pytest.raises(UnsupportedModel, match=r"engine.weights = int4: .*multiples of 32.*set it to auto"):
+        load_model(source, "bf16", "int4", cache=None, device=cpu, threads=1)

@@ -13,6 +13,7 @@ ALWAYS_CAUGHT = ("generations",)
 AT_LEAST = 100
 
 
+@pytest.mark.timeout(900)
 def test_ten_thousand_damaged_parcels_give_no_wrong_token(play: Callable[..., int], kind: Any, tallies: Any) -> None:
     """With `kv.verify = all`: whatever changed on its way, the answer is the clean run's."""
     seeds = iter(range(200_000, 300_000))
