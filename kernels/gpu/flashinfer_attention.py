@@ -31,13 +31,13 @@ _WORKSPACE_BYTES: Final = 128 << 20
 
 
 def reason_against(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Why it can't compute for such a model; empty if it may."""
+    """Why it can't compute for such a model and KV in `dtype`; empty if it may."""
     if device.type != "cuda":
         return "FlashInfer is for GPUs"
     if find_spec("flashinfer") is None:
         return "FlashInfer is not installed: pip install 'diptych[flashinfer]'"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"FlashInfer has no kernels for {dtype}"
+        return f"FlashInfer computes with KV in bf16 or fp16 here, not in {dtype}"
     if head_dim not in HEAD_DIMS:
         return f"FlashInfer has no kernels for heads of {head_dim}, only of {', '.join(map(str, HEAD_DIMS))}"
     if (able := torch.cuda.get_device_capability(device)) < _CAPABILITY:
