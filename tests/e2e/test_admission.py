@@ -62,11 +62,10 @@ class Crowd:
 
     def occupy(self) -> list[Future[None]]:
         """The worker is full until `let_go`."""
-        holders = [self._threads.submit(self._hold) for _ in range(4 * MAX_RUNNING)]
+        holders = [self._threads.submit(self._hold) for _ in range(MAX_RUNNING + 2)]
         self.cluster.until(
             lambda status: (
-                status.workers[0].load.running_requests == MAX_RUNNING
-                and sum(lengths(status).values()) == len(holders) - MAX_RUNNING
+                status.workers[0].load.running_requests == MAX_RUNNING and sum(lengths(status).values()) >= 1
             ),
             "it is full",
         )
@@ -106,12 +105,11 @@ def crowd(small: Cluster) -> Iterator[Crowd]:
 
 def test_the_more_important_are_served_first_and_tenants_in_turn(small: Cluster, crowd: Crowd) -> None:
     crowd.occupy()
-    held = sum(lengths(small.client.status()).values())
     asked = [crowd.ask("low", priority=1) for _ in range(4)]
     asked += [crowd.ask("often", tenant="often") for _ in range(20)]
     asked += [crowd.ask("rare", tenant="rare") for _ in range(4)]
     asked += [crowd.ask("high", priority=-1) for _ in range(4)]
-    small.until(lambda status: sum(lengths(status).values()) >= held + len(asked), "all of them wait")
+    small.until(lambda status: sum(lengths(status).values()) >= len(asked), "all of them wait")
     crowd.let_go()
     for each in asked:
         each.result(WAIT_SECONDS)
