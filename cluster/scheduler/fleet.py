@@ -60,7 +60,7 @@ class Fleet:
         self.row_seconds = _column(STEP_PRIOR[3])
         self.context_seconds = _column(STEP_PRIOR[4])
         self.kind_step_seconds = _column(STEP_PRIOR[0])
-        """As above, in the mean of its kind."""
+        """As above, in the mean of its kind where its own differ from that."""
         self.kind_token_seconds = _column(STEP_PRIOR[1])
         self.kind_pair_seconds = _column(STEP_PRIOR[2])
         self.step_tokens = _column(np.inf)

@@ -21,13 +21,17 @@ from cluster.scheduler.rates import (
 from diptych.types import StepSample
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cluster.scheduler.view import WorkerView
     from diptych.types import How, Outcome, Prediction, Report, RequestId, TransferSample, WorkerId
 
 _MOST_EXPECTED = 1 << 16
 """Placements whose outcome is awaited; a front that died never tells."""
+_ALIKE = 0.1
+"""A worker whose steps differ by less than that part from its kind's counts as it is."""
+_STEP_TOKENS = 512.0
+"""Of the steps that are compared, where no step was seen to be shorter."""
 _ANSWER_PRIOR = 256.0
 """Tokens, until the first outcome."""
 
@@ -52,7 +56,6 @@ class Learning:
         """It starts from the mean of its kind."""
         self._slots[worker] = slot, device
         self._write_steps(worker)
-        self._write_kind(device)
         for kind in (NEAR, FAR):
             self._write_links(worker, kind)
 
@@ -87,7 +90,7 @@ class Learning:
             if other == worker or other not in self._steps:
                 self._write_steps(other)
         if kind_moved:
-            self._write_kind(device)
+            self._write_kind([slot for slot, kind in self._slots.values() if kind == device], device)
 
     def _learn_transfers(self, worker: WorkerId, kind: int, samples: list[TransferSample]) -> None:
         samples = [one for one in samples if one.seconds > 0]
@@ -110,14 +113,18 @@ class Learning:
         for column, rate in zip(columns, rates, strict=True):
             column[slot] = rate
         fleet.rates_changed(slot)
+        self._write_kind([slot], device)
 
-    def _write_kind(self, device: str) -> None:
-        slots = [slot for slot, kind in self._slots.values() if kind == device]
-        fleet, rates = self._fleet, self._steps.mean(device)
-        for column, rate in zip(
-            (fleet.kind_step_seconds, fleet.kind_token_seconds, fleet.kind_pair_seconds), rates, strict=False
-        ):
-            column[slots] = rate
+    def _write_kind(self, slots: Sequence[int], device: str) -> None:
+        """At what pace work of these workers, which are of one kind, counts."""
+        fleet, (step, token, pair, *_) = self._fleet, self._steps.mean(device)
+        own = fleet.step_seconds[slots], fleet.token_seconds[slots], fleet.pair_seconds[slots]
+        tokens = np.minimum(fleet.step_tokens[slots], _STEP_TOKENS)
+        theirs = step + tokens * (token + pair * 0.5 * tokens)
+        alike = np.abs(own[0] + tokens * (own[1] + own[2] * 0.5 * tokens) - theirs) <= _ALIKE * theirs
+        columns = fleet.kind_step_seconds, fleet.kind_token_seconds, fleet.kind_pair_seconds
+        for column, mine, mean in zip(columns, own, (step, token, pair), strict=True):
+            column[slots] = np.where(alike, mine, mean)
 
     def _write_links(self, worker: WorkerId, kind: int) -> None:
         slot, _ = self._slots[worker]

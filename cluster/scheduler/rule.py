@@ -23,7 +23,7 @@ WITHIN = 0.1
 """What a second counts for that keeps to the promise."""
 BEYOND = 10.0
 """What a second counts for that breaks it."""
-USUAL_WITHIN = 0.005
+USUAL_WITHIN = 0.01
 """What a second counts for, beside a second of work, where nobody promised anything."""
 USUAL_JUMP = 0.1
 """What it counts for to wait longer than is usual, in parts of what is usual."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-KEPT: Final = 0.984
+KEPT: Final = 0.985
 """The share of requests that keep to what is usual."""
 _STEP: Final = 0.1
 """Of its logarithm: a hundred requests change it by a factor of e at most."""

@@ -173,7 +173,7 @@ def test_a_hot_prefix_does_not_drown_the_worker_that_holds_it(cluster: Callable[
     some.report("p0", stored=50)
     chosen = Counter(some.place(how="remote", counted=True).placement.prefill for _ in range(40))
     # Once the wait is longer than is usual the other one fetches the prefix, and from then on they take turns.
-    assert max(chosen.values()) <= 30
+    assert max(chosen.values()) <= 28
 
 
 def test_a_burst_with_one_prefix_goes_where_the_first_of_it_went(cluster: Callable[[str], Cluster]) -> None:
